@@ -1,0 +1,57 @@
+# `make help` lists the commands. Every one sets up what it needs, in .venv, the first time.
+PYTHON  ?= python3
+MODEL   ?= mistralai/Mistral-7B-Instruct-v0.2
+DATA    ?= data
+METHODS ?= sft sdft s3ft
+LIMIT   ?=
+STEPS   ?=
+FLAGS   ?=
+VENV    := .venv
+PY      := $(VENV)/bin/python
+SMOL    := models/SmolLM2-135M-Instruct
+.DEFAULT_GOAL := help
+.PHONY: help demo test gsm8k mbpp nq clean
+
+help:
+	@echo "make demo    S3FT and SFT on a small real model and 60 own-written passages: about 10 minutes on 2 CPU cores"
+	@echo "make test    set up and run the tests: under 10 minutes on 2 CPU cores"
+	@echo "make gsm8k   the paper's run: predictions, paraphrases, training, evaluation (also: make mbpp, make nq)"
+	@echo ""
+	@echo "Variables of gsm8k, mbpp, nq (make gsm8k LIMIT=48 STEPS=6):"
+	@echo "  MODEL=$(MODEL)   Hugging Face name or folder"
+	@echo "  DATA=$(DATA)   where data sets are and are downloaded to      OUT=runs/TASK   the run folder"
+	@echo "  METHODS=\"$(METHODS)\"   of sft sdft ssr s3ft rft      LIMIT=N   first N rows of every split"
+	@echo "  STEPS=N   optimizer steps      FLAGS=\"...\"   any further flag of s3ft.py (see: $(PY) s3ft.py --help)"
+
+# The exact versions of constraints.txt. torch comes first and by its exact version, so that nothing else chooses its build.
+$(VENV)/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,plots]'
+	@touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(SMOL)/config.json: | $(VENV)/ready
+	$(PY) examples/smollm2.py $(SMOL)
+
+demo: $(VENV)/ready $(SMOL)/config.json
+	for method in sft s3ft; do \
+		$(PY) s3ft.py --task reading --method $$method --model $(SMOL) --out runs/demo || exit; done
+	$(PY) evaluate.py --out runs/demo
+
+test: $(VENV)/ready-dev $(SMOL)/config.json
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+gsm8k mbpp nq: OUT ?= runs/$@
+gsm8k mbpp nq: $(VENV)/ready
+	for method in $(METHODS); do \
+		$(PY) s3ft.py --task $@ --method $$method --model $(MODEL) --data $(DATA) --out $(OUT) \
+			$(if $(LIMIT),--limit $(LIMIT)) $(if $(STEPS),--steps $(STEPS)) $(FLAGS) || exit; done
+	$(PY) evaluate.py --out $(OUT) --data $(DATA)
+
+clean:
+	rm -rf $(VENV) runs

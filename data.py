@@ -1,0 +1,352 @@
+"""Tasks: examples (x, y), their splits, and the paper's prompts.
+
+A task is one entry of TASKS. Prompts are the user turn only, to the letter of the paper's figures; the `<s>[INST] ... [/INST]`
+printed around them there is Mistral's chat template, which the tokenizer of whatever model is used puts there itself.
+
+Not in the paper, and decided here:
+1. GSM8K gold: the calculator marks <<...>> are removed and the line `#### N` becomes `The answer is N.`, the ending that the
+   prompts ask for, so that gold and model responses end alike.
+2. MBPP gold: the code between [[BEGIN]] and [[DONE]], as the prompt asks.
+3. The reading prompts (NQ): the paper prints none. Ours ask to answer from the context, and to reply `unanswerable` otherwise.
+4. MBPP train has 374 rows (ids 601 to 974, the data's own split); the paper says 372.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from files import InputError, download, read_json, read_jsonl
+
+EXAMPLES = Path(__file__).parent / "examples"
+SPLIT_SEED = 0  # splits never depend on --seed: seeds of a study share their test rows
+ABSTAIN = "unanswerable"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row (x, y) of D. `answer` is the gold as the data has it, which is what the judge compares with."""
+
+    id: str
+    question: str
+    answer: str
+    context: str = ""
+    tests: tuple[str, ...] = ()
+    setup: str = ""  # code to run after the program and before its tests (MBPP 367 and 927 need it)
+    unanswerable: bool = False
+    aliases: tuple[str, ...] = ()  # further golds that are right too
+
+
+# ------------------------------------------------------------------------------------------------ prompts, Figs. 3 to 7
+
+GSM8K_TRAIN = """\
+You are an expert in math. Below is a math question. Write a response that appropriately answers the question. \
+Your final answer should be an integer at the end of your response, formatted as: The answer is {answer}.
+Question: {{question}}"""  # Fig. 3
+
+GSM8K_PREDICT = GSM8K_TRAIN + "\nGreat! Let's think step by step."  # Fig. 5
+
+GSM8K_PARAPHRASE = """\
+You are an expert in math. Below are a reference answer and its corresponding math question. Refer to the reference answer \
+and write a response that appropriately answers the question. Your final answer should be an integer at the end of your \
+response, formatted as: The answer is {answer}.
+
+Reference Answer:
+{{gold_response}},
+
+Question:
+{{question}},
+
+Response:
+Great! Let's think step by step."""  # Fig. 7
+
+MBPP_PREDICT = """\
+You are an expert Python programmer, and here is your task: {{task}}. Your code should pass these tests:
+{{testcase_1}}
+{{testcase_2}}
+{{testcase_3}}
+Generate only the python code encapsulated between [[BEGIN]] and [[DONE]] tags. Do not generate any explanation."""  # Fig. 4
+
+# Fig. 6 is this frame around MBPP's instruction; the tasks without a printed paraphrase prompt use the same frame.
+PARAPHRASE_FRAME = """\
+Below are an instruction that describes a task along with a reference answer. Using the reference answer as a guide, \
+write your own response.
+
+### Instruction:
+%s
+
+Reference Answer:
+{{gold_response}},
+
+Response:"""
+
+MBPP_PARAPHRASE = PARAPHRASE_FRAME % """\
+You are an expert Python programmer, and here is your task: {{task}}. Your code should pass these tests.
+
+{{testcase_1}}
+{{testcase_2}}
+{{testcase_3}}
+
+Generate only the python code encapsulated between [[BEGIN]] and [[DONE]] tags. Do not generate any explanation."""  # Fig. 6
+
+READING = """\
+Answer the question from the context only, in one short sentence. If the context does not hold the answer, reply with the \
+single word: unanswerable.
+
+Context:
+{{context}}
+
+Question:
+{{question}}"""  # ours
+
+PLAIN = "{{question}}"
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace every {{name}} in one pass, so that braces inside a value are never read as a variable."""
+    return re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: values[match[1]], template)
+
+
+def prompt(template: str, example: Example, gold_response: str = "") -> str:
+    """The user turn for one example."""
+    tests = {f"testcase_{i}": test for i, test in enumerate(example.tests, 1)}
+    values = {"question": example.question, "task": example.question, "context": example.context, **tests}
+    try:
+        return fill(template, gold_response=gold_response, **values)
+    except KeyError as missing:
+        raise InputError(f"row {example.id}: the prompt asks for {{{{{missing.args[0]}}}}}, which the row lacks") from None
+
+
+def chat_ids(tokenizer, user: str) -> list[int]:
+    """Token ids of one user turn in the tokenizer's own chat template, ready for the response to begin. One BOS at most."""
+    messages = [{"role": "user", "content": user}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def training_ids(tokenizer, user: str, response: str) -> tuple[list[int], list[bool]]:
+    """(ids, is_target), both `[length]`: prompt, response and end of turn. Only the last two are trained on.
+
+    The mask goes by position: where a tokenizer pads with its EOS, a mask by token id would never teach the model to stop.
+    """
+    before = chat_ids(tokenizer, user)
+    target = tokenizer.encode(response, add_special_tokens=False) + [end_of_turn(tokenizer)]
+    return before + target, [False] * len(before) + [True] * len(target)
+
+
+def end_of_turn(tokenizer) -> int:
+    """The token with which the chat template closes an assistant turn (Gemma: <end_of_turn>), else the EOS token."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "RESPONSE"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].strip()
+    ids = tokenizer.encode(after, add_special_tokens=False)
+    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+
+
+# ------------------------------------------------------------------------------------------------ data sets
+
+Splits = tuple[list[Example], list[Example], list[Example]]  # train, validation, test
+
+GSM8K_HOME = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+GSM8K_FILES = {
+    "train": ("17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", 7473),
+    "test": ("3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", 1319),
+}
+MBPP_HOME = "https://raw.githubusercontent.com/google-research/google-research/master/mbpp/mbpp.jsonl"
+MBPP_SHA256 = "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f"
+NQ_HOME = "https://github.com/lovodkin93/unanswerability (a zip on a file-sharing page: unpack its raw_data/NQ)"
+
+
+def load_gsm8k(folder: Path) -> Splits:
+    """7473 train rows, of which 150 drawn at random validate, and 1319 test rows (A.2)."""
+    train, test = (_gsm8k_split(folder / "gsm8k" / f"{name}.jsonl", name) for name in ("train", "test"))
+    held_out = set(random.Random(SPLIT_SEED).sample(range(len(train)), 150))
+    validation = [row for i, row in enumerate(train) if i in held_out]
+    return [row for i, row in enumerate(train) if i not in held_out], validation, test
+
+
+def _gsm8k_split(path: Path, name: str) -> list[Example]:
+    sha256, count = GSM8K_FILES[name]
+    download(f"{GSM8K_HOME}{name}.jsonl", path, sha256)
+    rows = read_counted(path, count, ("question", "answer"))
+    return [Example(f"{name}-{i}", row["question"], row["answer"]) for i, row in enumerate(rows)]
+
+
+def load_mbpp(folder: Path) -> Splits:
+    """Ids 601-974 train, 511-600 validate, 11-510 test: the data's own split, as the paper uses it (A.2)."""
+    path = folder / "mbpp" / "mbpp.jsonl"
+    download(MBPP_HOME, path, MBPP_SHA256)
+    rows = read_counted(path, 974, ("task_id", "text", "code", "test_list", "test_setup_code"))
+    made = {row["task_id"]: mbpp_example(row) for row in rows}
+    return tuple([made[i] for i in ids] for ids in (range(601, 975), range(511, 601), range(11, 511)))
+
+
+def mbpp_example(row: dict) -> Example:
+    tests, setup = tuple(row["test_list"]), row["test_setup_code"]
+    return Example(str(row["task_id"]), row["text"], row["code"].replace("\r\n", "\n"), tests=tests, setup=setup)
+
+
+def read_counted(path: Path, count: int, fields: tuple[str, ...]) -> list[dict]:
+    rows = read_jsonl(path, fields)
+    if len(rows) != count:
+        raise InputError(f"{path} has {len(rows)} rows, the original has {count}: remove it to download it again")
+    return rows
+
+
+def load_nq(folder: Path) -> Splits:
+    """Natural Questions with unanswerable rows (Slobodkin et al., 2023), from nq/train.json, nq/dev.json and nq/test.json."""
+    return tuple(_nq_split(folder / "nq" / f"{name}.json") for name in ("train", "dev", "test"))
+
+
+def _nq_split(path: Path) -> list[Example]:
+    if not path.exists():
+        raise InputError(f"{path} is missing and has no plain download: get it from {NQ_HOME} and put it at {path}")
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a JSON list of rows")
+    return [_nq_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _nq_example(row: dict, where: str) -> Example:
+    for field in ("id", "context", "question", "answerable"):
+        if field not in row:
+            raise InputError(f"{where}: the field {field!r} is missing")
+    base = Example(str(row["id"]), row["question"], ABSTAIN, row["context"], unanswerable=True)
+    if row["answerable"] == "no":
+        return base
+    found = row.get("answer") or row.get("answers")
+    golds = [found] if isinstance(found, str) else found
+    if not golds or not all(isinstance(gold, str) for gold in golds):
+        raise InputError(f"{where}: answerable, but it has no 'answer' (older archives of this data lack them)")
+    return replace(base, answer=golds[0], aliases=tuple(golds[1:]), unanswerable=False)
+
+
+def load_reading(folder: Path) -> Splits:
+    """The embedded set: 60 short passages written for this project, apart by passage, a quarter unanswerable."""
+    articles = read_squad(EXAMPLES / "reading.json")
+    cut = [articles[:36], articles[36:42], articles[42:]]
+    return tuple(pair_unanswerable(part) for part in cut)
+
+
+def read_squad(path: Path) -> list[list[Example]]:
+    """SQuAD v1.1 / v2.0 JSON -> one list of examples an article. Further answers are aliases; v2's impossible rows abstain."""
+    try:
+        return [[_squad_example(paragraph["context"], qa) for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
+                for article in read_json(path)["data"]]
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{path}: not SQuAD-format JSON (data > paragraphs > context, qas; {error!r})") from None
+
+
+def _squad_example(context: str, qa: dict) -> Example:
+    if qa.get("is_impossible"):
+        return Example(qa["id"], qa["question"], ABSTAIN, context, unanswerable=True)
+    golds = list(dict.fromkeys(answer["text"] for answer in qa["answers"]))
+    return Example(qa["id"], qa["question"], golds[0], context, aliases=tuple(golds[1:]))
+
+
+def pair_unanswerable(articles: list[list[Example]]) -> list[Example]:
+    """Make every fourth question unanswerable by showing it beside a context of another article."""
+    rng = random.Random(SPLIT_SEED)
+    rows = []
+    for article in articles:
+        others = [row.context for other in articles if other is not article for row in other]
+        for row in article:
+            if len(rows) % 4 == 3 and others:
+                row = replace(row, context=rng.choice(others), answer=ABSTAIN, aliases=(), unanswerable=True)
+            rows.append(row)
+    return rows
+
+
+def load_custom(path: Path | str, judge: str) -> list[Example]:
+    """A person's own file: JSONL rows with question and answer (and context, tests, setup, id), or SQuAD-format JSON."""
+    path = Path(path)
+    if path.suffix == ".json":
+        return [row for article in read_squad(path) for row in article]
+    needed = ("question", "tests") if judge == "code" else ("question",)
+    return [_custom_example(row, f"{path}, row {i}", str(i)) for i, row in enumerate(read_jsonl(path, needed), 1)]
+
+
+def _custom_example(row: dict, where: str, default_id: str) -> Example:
+    unanswerable = row.get("unanswerable") is True
+    if not unanswerable and "answer" not in row:
+        raise InputError(f"{where}: the field 'answer' is missing")
+    tests = row.get("tests", [])
+    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+        raise InputError(f"{where}: 'tests' must be a list of strings")
+    texts = {field: str(row.get(field, "")) for field in ("question", "context", "setup")}
+    answer = ABSTAIN if unanswerable else str(row["answer"])
+    return Example(str(row.get("id", default_id)), answer=answer, tests=tuple(tests), unanswerable=unanswerable, **texts)
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+def gsm8k_gold(example: Example) -> str:
+    steps, _, number = re.sub(r"<<.*?>>", "", example.answer).rpartition("####")
+    return f"{steps.strip()}\nThe answer is {number.strip().replace(',', '')}."
+
+
+def mbpp_gold(example: Example) -> str:
+    return f"[[BEGIN]]\n{example.answer.strip()}\n[[DONE]]"
+
+
+def plain_gold(example: Example) -> str:
+    return example.answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that sets one task apart. The templates are user turns; steps and eval_every are the paper's (A.3)."""
+
+    load: Callable[[Path], Splits]
+    judge: str
+    predict: str
+    train: str
+    paraphrase: str
+    gold: Callable[[Example], str] = plain_gold
+    max_new_tokens: int = 512
+    stop: str | None = None
+    steps: int = 5000
+    eval_every: int = 500
+
+
+READING_TASK = Task(load_reading, "recall", READING, READING, PARAPHRASE_FRAME % READING, max_new_tokens=64)
+CUSTOM_TASK = Task(load_custom, "", PLAIN, PLAIN, PARAPHRASE_FRAME % PLAIN, steps=1000, eval_every=100)
+
+TASKS = {
+    "gsm8k": Task(load_gsm8k, "numeric", GSM8K_PREDICT, GSM8K_TRAIN, GSM8K_PARAPHRASE, gsm8k_gold),
+    "mbpp": Task(load_mbpp, "code", MBPP_PREDICT, MBPP_PREDICT, MBPP_PARAPHRASE, mbpp_gold, stop="[[DONE]]",
+                 steps=1000, eval_every=100),
+    "nq": replace(READING_TASK, load=load_nq, judge="llm"),
+    "reading": replace(READING_TASK, steps=60, eval_every=20),
+}
+
+
+def load_task(name: str, folder: Path | str, files: list[str] | None = None, judge: str | None = None,
+              limit: int | None = None, max_new_tokens: int | None = None) -> tuple[Task, Splits]:
+    """The task and its (train, validation, test) rows, each cut to the first `limit`.
+
+    `files` are a custom task's three files. InputError: an unknown task, a bad or empty file, an id that comes twice.
+    """
+    if name == "custom":
+        splits = tuple(load_custom(path, judge) for path in files)
+        reading = any(row.context for row in splits[0])
+        task = replace(READING_TASK if reading else CUSTOM_TASK, steps=1000, eval_every=100)
+    elif name in TASKS:
+        task = TASKS[name]
+        splits = task.load(Path(folder))
+    else:
+        raise InputError(f"unknown task {name!r}: choose from {', '.join(TASKS)}, custom")
+    for split, rows in zip(("train", "validation", "test"), splits, strict=True):
+        _check(rows, f"{name}, {split}")
+    task = replace(task, judge=judge or task.judge, max_new_tokens=max_new_tokens or task.max_new_tokens)
+    return task, tuple(rows[:limit] for rows in splits)
+
+
+def _check(rows: list[Example], where: str) -> None:
+    if not rows:
+        raise InputError(f"{where}: no rows")
+    seen = set()
+    for row in rows:
+        if row.id in seen:
+            raise InputError(f"{where}: the id {row.id!r} comes twice")
+        seen.add(row.id)

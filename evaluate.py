@@ -1,0 +1,299 @@
+"""How good is a model at the task, and how far did it drift? Answers, verdicts, intervals, and the report of a run.
+
+    python evaluate.py --out RUN                                     the run's report: Tables 2 and 3, Fig. 2, drift
+    python evaluate.py --out RUN --benchmarks mmlu,hellaswag         and Table 4: what fine-tuning made the model forget
+
+Reads the folder that s3ft.py wrote and adds, for the base model and every trained one, test.jsonl (the answers) and
+test.judged.jsonl (the verdicts); then results.json, report.md and figures/. Everything is resumed, nothing is made twice.
+
+Decided here, the paper being silent:
+1. Prompt at test time: the base model gets the predict prompt (it is "prompted"), a trained model its train prompt.
+2. Accuracy comes with Wilson's 95 % interval, a difference to SFT with McNemar's exact test over the same test rows.
+3. Drift is the mean of KL(base || tuned) over every token of the base model's own greedy responses, to general prompts
+   (examples/general.jsonl) and to the task's test prompts. It needs no benchmark, and tracks forgetting (arXiv 2509.04259).
+"""
+
+import argparse
+import hashlib
+import math
+import random
+import time
+from pathlib import Path
+from statistics import NormalDist
+
+import torch
+import transformers
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import judges
+import lora
+from data import EXAMPLES, Example, Task, chat_ids, load_task, prompt, training_ids
+from files import (InputError, append_jsonl, exit_cleanly, locked, read_json, read_jsonl, resume_jsonl, write_json,
+                   write_jsonl)
+from generate import generate
+from model import load_model, log_probs, packs, target_logits
+from report import write_report
+
+# ------------------------------------------------------------------------------------------------ answers and verdicts
+
+
+def encode_prompts(model, tokenizer, prompts: dict[str, str]) -> list[list[int]]:
+    """Token ids of every prompt (id -> user turn); a prompt that fills the model's context is named by its id."""
+    encoded = [chat_ids(tokenizer, text) for text in prompts.values()]
+    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    for name, ids in zip(prompts, encoded, strict=True):
+        if len(ids) >= longest:
+            raise InputError(f"row {name}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
+    return encoded
+
+
+def answers(model, tokenizer, task: Task, prompts: dict[str, str], label: str, sampling=None):
+    """Responses to `prompts` (id -> user turn) as rows {id, response, finished}, in the order in which they finish."""
+    names = list(prompts)
+    encoded = encode_prompts(model, tokenizer, prompts)
+    tokens, start = 0, time.monotonic()
+    with tqdm(total=len(names), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
+        for index, response in generate(model, tokenizer, encoded, task.max_new_tokens, task.stop, sample=sampling):
+            tokens += len(response.tokens)
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
+            bar.update()
+            yield {"id": names[index], "response": response.text, "finished": response.finished}
+
+
+def respond(model, tokenizer, task: Task, prompts: dict[str, str], path: Path, sampling=None) -> dict[str, dict]:
+    """Responses kept in `path`, id -> row. What the file holds already, from an earlier run or another engine, is used."""
+    rows = {row["id"]: row for row in read_responses(path)}
+    todo = {name: text for name, text in prompts.items() if name not in rows}
+    if todo:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for row in answers(model, tokenizer, task, todo, f"{path.parent.name}/{path.stem}", sampling):
+            append_jsonl(path, row)
+            rows[row["id"]] = row
+        order = [*prompts, *(name for name in rows if name not in prompts)]
+        write_jsonl(path, [rows[name] for name in order])  # the same bytes, however often the run was broken off
+    return {name: rows[name] for name in prompts}
+
+
+def read_responses(path: Path) -> list[dict]:
+    rows, seen = resume_jsonl(path), set()
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("id"), str) or not isinstance(row.get("response"), str):
+            raise InputError(f"{path}, row {number}: needs the text fields 'id' and 'response'")
+        if row["id"] in seen:
+            raise InputError(f"{path}, row {number}: the id {row['id']!r} comes twice")
+        seen.add(row["id"])
+    return rows
+
+
+def judged(model, tokenizer, task: Task, rows: list[tuple[Example, str]], path: Path) -> dict[str, bool | None]:
+    """The judge's verdict on every (example, response), id -> accepted; None: a verdict that could not be read.
+
+    Kept in `path` with a digest of the response, so that a response that was replaced is judged anew.
+    """
+    digests = {x.id: hashlib.sha256(response.encode("utf-8", "surrogatepass")).hexdigest()[:16] for x, response in rows}
+    known = {row["id"]: row for row in resume_jsonl(path) if row.get("digest") == digests.get(row["id"])}
+    todo = [(x, response) for x, response in rows if x.id not in known]
+    if todo:
+        bar = tqdm(todo, desc=f"{path.parent.name}/{path.stem}", unit="row")
+        for (x, _), accepted in zip(bar, judges.judge_all(task.judge, todo, asker(model, tokenizer)), strict=True):
+            known[x.id] = {"id": x.id, "accepted": accepted, "digest": digests[x.id]}
+            append_jsonl(path, known[x.id])
+        write_jsonl(path, [known[x.id] for x, _ in rows])
+    return {x.id: known[x.id]["accepted"] for x, _ in rows}
+
+
+def asker(model, tokenizer):
+    """What the LLM judge asks: the base model, also inside a trained one (the paper's NQ judge is the base model)."""
+
+    def ask(prompts: list[str]) -> list[str]:
+        encoded = [chat_ids(tokenizer, text) for text in prompts]
+        with lora.disabled(model):
+            replies = dict(generate(model, tokenizer, encoded, max_new_tokens=8))
+        return [replies[i].text for i in range(len(prompts))]
+
+    return ask
+
+
+def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
+    """Accuracy of a model in training, by the task's judge; nothing is kept."""
+    prompts = {x.id: prompt(task.train, x) for x in examples}
+    responses = {row["id"]: row["response"] for row in answers(model, tokenizer, task, prompts, "validation")}
+    pairs = [(x, responses[x.id]) for x in examples]
+    return sum(map(bool, judges.judge_all(task.judge, pairs, asker(model, tokenizer)))) / len(pairs)
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval for a proportion (Wilson, 1927)."""
+    p, z2 = successes / n, Z95**2
+    center = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2)) / (1 + z2 / n)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def mcnemar(a: list[bool], b: list[bool]) -> dict:
+    """Paired comparison of two models on the same rows: accuracy difference a - b, its 95 % interval, and McNemar's exact p.
+
+    Only rows on which the models disagree count: under H0 each is a fair coin. The interval is Wald's for paired proportions.
+    """
+    wins = sum(x and not y for x, y in zip(a, b, strict=True))
+    losses = sum(y and not x for x, y in zip(a, b, strict=True))
+    n, split = len(a), wins + losses
+    tail = sum(math.comb(split, k) for k in range(min(wins, losses) + 1)) / 2**split
+    difference = (wins - losses) / n
+    half = Z95 * math.sqrt(max(split - (wins - losses) ** 2 / n, 0)) / n
+    return {"difference": difference, "interval": [difference - half, difference + half], "p": min(1.0, 2 * tail)}
+
+
+# ------------------------------------------------------------------------------------------------ drift and Fig. 2
+
+
+@torch.inference_mode()
+def kl_drift(model, tokenizer, dialogues: list[tuple[str, str]]) -> float:
+    """Mean over response tokens of KL(base || tuned), in nats; `dialogues` are (user turn, the base model's response)."""
+    total, count = 0.0, 0
+    for rows in packs([training_ids(tokenizer, *dialogue) for dialogue in dialogues], tokens=2048):
+        log_q = F.log_softmax(target_logits(model, rows)[0].float(), dim=-1)  # [targets, vocab]
+        with lora.disabled(model):
+            log_p = F.log_softmax(target_logits(model, rows)[0].float(), dim=-1)
+        total += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
+        count += len(log_p)
+    return total / count
+
+
+def log_probabilities(model, tokenizer, task: Task, examples: list[Example], run: Path, most: int = 84) -> dict | None:
+    """Fig. 2: log p(y | x) under the base model of accepted responses, accepted paraphrases and golds of the same rows.
+
+    Over at most 84 random rows where both were accepted, as in the paper (so it needs a method that paraphrases every row,
+    SDFT). Without such rows, "rows" says so and each kind stands for the rows that have it. None: nothing was accepted.
+    """
+    kinds = {kind: accepted_responses(run, kind) for kind in ("predictions", "paraphrases")}
+    both = [x for x in examples if all(x.id in found for found in kinds.values())]
+    either = [x for x in examples if any(x.id in found for found in kinds.values())]
+    if not either:
+        return None
+    chosen = random.Random(0).sample(both or either, min(most, len(both or either)))
+    kinds["golds"] = {x.id: task.gold(x) for x in chosen}
+    scores = {"rows": "both accepted" if both else "either accepted", "n": len(chosen)}
+    for kind, texts in kinds.items():
+        rows = [training_ids(tokenizer, prompt(task.predict, x), texts[x.id]) for x in chosen if x.id in texts]
+        scores[kind] = [round(score, 3) for score in log_probs(model, rows)]
+    return scores
+
+
+def accepted_responses(run: Path, kind: str) -> dict[str, str]:
+    accepted = {row["id"] for row in resume_jsonl(run / f"{kind}.judged.jsonl") if row["accepted"]}
+    return {row["id"]: row["response"] for row in resume_jsonl(run / f"{kind}.jsonl") if row["id"] in accepted}
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+def trained_methods(run: Path) -> list[str]:
+    """Names of the run's trained models, in the order base, sft, then the others."""
+    found = [folder.parent.name for folder in run.glob("*/training.json")]
+    return sorted(found, key=lambda name: (name != "sft", name))
+
+
+def evaluate_run(run: Path, data: str, device: str | None) -> dict:
+    """Everything about the run's models that report.md shows, as one dictionary (results.json)."""
+    config = read_config(run)
+    model, tokenizer = load_model(config["model"], device, config["dtype"])
+    task, (train, _, test) = task_of(config, data)
+    results = {"config": config, "machine": machine(model), "log_probabilities": None, "models": {}}
+    if (run / "predictions.jsonl").exists():
+        results["log_probabilities"] = log_probabilities(model, tokenizer, task, train, run)
+    for name in ["base", *trained_methods(run)]:
+        if name != "base":
+            lora.load(model, run / name)
+        results["models"][name] = evaluate_model(model, tokenizer, task, test, run, name)
+    compare(results["models"], run, test)
+    return results
+
+
+def evaluate_model(model, tokenizer, task: Task, test: list[Example], run: Path, name: str) -> dict:
+    template = task.predict if name == "base" else task.train
+    prompts = {x.id: prompt(template, x) for x in test}
+    rows = respond(model, tokenizer, task, prompts, run / name / "test.jsonl")
+    verdicts = judged(model, tokenizer, task, [(x, rows[x.id]["response"]) for x in test], run / name / "test.judged.jsonl")
+    correct = sum(map(bool, verdicts.values()))
+    result = {
+        "accuracy": correct / len(test), "interval": wilson(correct, len(test)), "n": len(test),
+        "length_limit_hit": sum(not row.get("finished", True) for row in rows.values()),
+        "unreadable_verdicts": sum(verdict is None for verdict in verdicts.values()),
+    }
+    general = {row["id"]: row["prompt"] for row in read_jsonl(EXAMPLES / "general.jsonl", ("id", "prompt"))}
+    if name == "base":
+        respond(model, tokenizer, GENERAL, general, run / "base" / "general.jsonl")
+        return result
+    trained = read_json(run / name / "training.json")
+    dialogues = {"general": base_dialogues(run / "base" / "general.jsonl", general),
+                 "task": base_dialogues(run / "base" / "test.jsonl", {x.id: prompt(task.predict, x) for x in test})}
+    drift = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
+    return result | {"drift": drift, "training": trained}
+
+
+GENERAL = Task(load=None, judge="", predict="", train="", paraphrase="", max_new_tokens=64)
+
+
+def base_dialogues(path: Path, prompts: dict[str, str]) -> list[tuple[str, str]]:
+    return [(prompts[row["id"]], row["response"]) for row in read_jsonl(path) if row["id"] in prompts]
+
+
+def compare(models: dict, run: Path, test: list[Example]) -> None:
+    """Add each trained model's paired comparison against SFT."""
+    def verdicts(name):
+        accepted = {row["id"]: bool(row["accepted"]) for row in read_jsonl(run / name / "test.judged.jsonl")}
+        return [accepted[x.id] for x in test]
+
+    for name, result in models.items():
+        if "sft" in models and name != "sft":
+            result["against_sft"] = mcnemar(verdicts(name), verdicts("sft"))
+
+
+def read_config(run: Path) -> dict:
+    if not (run / "config.json").exists():
+        raise InputError(f"--out {run}: no config.json there; run s3ft.py with this --out first")
+    return read_json(run / "config.json")
+
+
+def task_of(config: dict, data: str):
+    """The (task, splits) that a run's config.json describes."""
+    wanted = ("files", "judge", "limit", "max_new_tokens")
+    return load_task(config["task"], data, **{name: config[name] for name in wanted})
+
+
+def machine(model) -> dict:
+    on_gpu = model.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"{model.device}, {torch.get_num_threads()} threads"
+    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__,
+            "date": time.strftime("%Y-%m-%d")}
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="Evaluate a run folder: base model and every trained one.", allow_abbrev=False)
+    parser.add_argument("--out", required=True, type=Path, help="the run folder that s3ft.py wrote")
+    parser.add_argument("--data", default="data", help="where the data sets are (%(default)s)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse(argv)
+    read_config(args.out)
+    with locked(args.out):
+        results = evaluate_run(args.out, args.data, args.device)
+        write_json(args.out / "results.json", results)
+        print(write_report(results, args.out))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

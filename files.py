@@ -1,0 +1,164 @@
+"""Files that outlive a dying process: JSONL read with every bad row named, written whole or not at all, resumed after a kill.
+
+Covered: a process killed at any moment (the torn last line of an appended file is cut off on the next run), two runs on one
+folder (the second is refused), text that UTF-8 cannot hold. Not covered: a machine that loses power (appended rows are not
+synced one by one; files written whole are).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import urllib.request
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, all else works
+    fcntl = None
+
+
+class InputError(ValueError):
+    """A user's mistake. The command line prints it as one line and exits with status 2."""
+
+
+def read_jsonl(path: Path | str, fields: tuple[str, ...] = ()) -> list[dict]:
+    """The objects of a JSONL file; blank lines are skipped. Every row must have `fields`; a bad one is named by its line."""
+    rows = []
+    for number, line in enumerate(_read_bytes(path).split(b"\n"), 1):
+        if line.strip():
+            rows.append(_parse(line, f"{path}, line {number}", fields))
+    return rows
+
+
+def _parse(line: bytes, where: str, fields: tuple[str, ...]) -> dict:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON ({str(error) or 'nested too deeply'})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    for field in fields:
+        if field not in row:
+            raise InputError(f"{where}: the field {field!r} is missing (found: {', '.join(row) or 'none'})")
+    return row
+
+
+def _read_bytes(path: Path | str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def to_line(row: dict) -> bytes:
+    """One JSONL line. A lone surrogate, which UTF-8 cannot hold, is written as its JSON escape."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write a file whole or not at all: to a temporary name on the same disk first, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path | str, value) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path | str, rows) -> None:
+    write_bytes(path, b"".join(map(to_line, rows)))
+
+
+def append_jsonl(path: Path | str, row: dict) -> None:
+    with open(path, "ab", buffering=0) as file:
+        file.write(to_line(row))
+
+
+def resume_jsonl(path: Path | str) -> list[dict]:
+    """Rows that an earlier run appended, [] if there are none. A last line torn by its death is cut off the file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    content = _read_bytes(path)
+    whole = content[: content.rfind(b"\n") + 1]
+    try:  # a file made elsewhere may lack only its last newline
+        if content[len(whole) :]:
+            _parse(content[len(whole) :], str(path), ())
+            whole = content + b"\n"
+    except InputError:
+        pass
+    if whole != content:
+        write_bytes(path, whole)
+    return read_jsonl(path)
+
+
+def download(url: str, path: Path | str, sha256: str | None = None) -> None:
+    """Fetch a public file once; what is there already is used as it is."""
+    path = Path(path)
+    if path.exists():
+        return
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            content = response.read()
+    except OSError as error:
+        raise InputError(f"{path} is missing and cannot be fetched ({error}): download {url} and put it there") from None
+    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
+        raise InputError(f"{url} is not the file we know (its sha256 differs): get the original and put it at {path}")
+    write_bytes(path, content)
+
+
+def read_json(path: Path | str):
+    try:
+        return json.loads(_read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Hold a run folder alone. The kernel frees the lock when the process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--out {folder}: another run is using it; wait for it or take another folder") from None
+        yield
+
+
+def exit_cleanly(main) -> None:
+    """Run a command line: a user's mistake, a full disk or Ctrl-C end in one line each instead of a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        where = error.filename or "while writing"
+        print(f"error: {where}: {error.strerror}; the same command goes on from here", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,130 @@
+"""results.json -> report.md and figures/: the paper's tables and Fig. 2, ours beside the paper's.
+
+Nothing is computed here, so that every number of a report can be found in results.json.
+"""
+
+import math
+from pathlib import Path
+from statistics import mean
+
+from files import write_text
+
+# What the paper reports for Mistral-7B-Instruct-v0.2, in percent: Table 2, Table 3, Table 4.
+PAPER_ACCURACY = {
+    "gsm8k": {"base": 40.3, "sft": 53.4, "sdft": 54.8, "s3ft": 56.9},
+    "mbpp": {"base": 22.2, "sft": 32.8, "sdft": 35.8, "s3ft": 39.4},
+    "nq": {"base": 64.7, "sft": 60.0, "sdft": 67.1, "s3ft": 67.1},
+}
+PAPER_SOURCES = {"gsm8k": (49.5, 42.1, 8.4), "mbpp": (30.2, 32.4, 37.4), "nq": (66.0, 25.6, 8.1)}
+KINDS = ("predictions", "paraphrases", "golds")
+SOURCES = ("prediction", "paraphrase", "gold")
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def accuracy_table(results: dict) -> str:
+    """Table 2: accuracy with its interval, and each method against SFT on the same rows."""
+    paper = PAPER_ACCURACY.get(results["config"]["task"], {})
+    rows = [accuracy_row(name, model, paper) for name, model in results["models"].items()]
+    header = ["method", "accuracy %", "95 % interval", "against SFT", "drift general", "drift task", "training min", "paper %"]
+    return markdown_table(header, rows)
+
+
+def accuracy_row(name: str, model: dict, paper: dict) -> list[str]:
+    low, high = model["interval"]
+    versus, training = model.get("against_sft"), model.get("training", {})
+    return [
+        name, percent(model["accuracy"]), f"{percent(low)} to {percent(high)}",
+        f"{100 * versus['difference']:+.1f} (p = {versus['p']:.2g})" if versus else "",
+        *(f"{value:.4f}" for value in model.get("drift", {"general": 0, "task": 0}).values()),
+        f"{training['minutes']:.1f}" if training else "", str(paper.get(training.get("method", "base"), "")),
+    ]
+
+
+def sources_table(results: dict) -> str:
+    """Table 3: where the training targets come from."""
+    rows = []
+    for name, model in results["models"].items():
+        if "training" in model:
+            counts = [model["training"]["sources"][source] for source in SOURCES]
+            rows.append([name, str(sum(counts)), *(percent(count / sum(counts)) for count in counts)])
+    paper = PAPER_SOURCES.get(results["config"]["task"])
+    if paper:
+        rows.append(["s3ft in the paper", "", *map(str, paper)])
+    return markdown_table(["method", "rows", "model responses %", "gold paraphrases %", "gold responses %"], rows)
+
+
+def training_table(results: dict) -> str:
+    fields = ("steps", "step", "tokens_per_second", "peak_memory_gib")
+    rows = [[name, percent(training["validation"]), *(str(training[field]) for field in fields)]
+            for name, model in results["models"].items() if (training := model.get("training"))]
+    return markdown_table(["method", "validation %", "steps", "best step", "tokens/s", "peak memory GiB"], rows)
+
+
+def write_report(results: dict, run: Path) -> str:
+    """Write report.md (and Fig. 2, where matplotlib is installed) -> the report's text."""
+    config, machine, models = results["config"], results["machine"], results["models"]
+    n = next(iter(models.values()))["n"]
+    limit = f", first {config['limit']} rows of every split" if config["limit"] else ""
+    parts = [
+        f"# {config['task']}: {config['model']}",
+        f"{machine['date']}, {machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}; "
+        f"{n} test rows{limit}, judge: {config['judge'] or 'the task’s own'}.",
+        "## In-domain accuracy (Table 2) and drift",
+        accuracy_table(results),
+        "Intervals: Wilson. Against SFT: difference in points on the same rows, McNemar's exact test. Drift: mean "
+        "KL(base || tuned) per token, in nats, over the base model's own responses. Minutes: training alone.",
+        f"Length limit hit: {counts(models, 'length_limit_hit')}. Unreadable verdicts, counted as not accepted: "
+        f"{counts(models, 'unreadable_verdicts')}.",
+        "## Where the training targets come from (Table 3)",
+        sources_table(results),
+        "## Training",
+        training_table(results),
+    ]
+    if results["log_probabilities"]:
+        parts += ["## Log-probability under the base model (Fig. 2)", log_probability_lines(results["log_probabilities"])]
+        if draw_log_probabilities(results["log_probabilities"], run / "figures" / "log_probability.svg"):
+            parts.append("![Fig. 2](figures/log_probability.svg)")
+    text = "\n\n".join(parts) + "\n"
+    write_text(run / "report.md", text)
+    return text
+
+
+def counts(models: dict, field: str) -> str:
+    return ", ".join(f"{name} {model[field]}" for name, model in models.items())
+
+
+def log_probability_lines(scores: dict) -> str:
+    kinds = [[kind, str(len(scores[kind])), f"{mean(scores[kind]):.1f}"] for kind in KINDS if scores[kind]]
+    table = markdown_table(["responses", "n", "mean log p(y given x), nats"], kinds)
+    return f"{table}\n\n{scores['n']} random training rows ({scores['rows']})."
+
+
+def draw_log_probabilities(scores: dict, path: Path) -> bool:
+    """Fig. 2 as an SVG -> was matplotlib (the extra `plots`) there to draw it?"""
+    try:
+        import matplotlib
+    except ImportError:
+        print("figures: skipped, matplotlib is not installed (pip install 's3ft[plots]')")
+        return False
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "s3ft"  # the same bytes for the same numbers
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    lowest = math.floor(min(min(scores[kind], default=0) for kind in KINDS))
+    bins = [lowest * (1 - i / 24) for i in range(25)]
+    for kind, label in (("golds", "gold responses"), ("paraphrases", "gold paraphrases"), ("predictions", "model responses")):
+        if scores[kind]:
+            axes.hist(scores[kind], bins=bins, alpha=0.55, label=f"{label} (mean {mean(scores[kind]):.1f})")
+    axes.set(xlabel="log p(y | x) under the base model, nats", ylabel="rows")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return True

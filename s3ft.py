@@ -1,0 +1,385 @@
+"""Selective Self-to-Supervised Fine-Tuning: Algorithm 1 of Gupta et al. (Findings of NAACL 2025), and its relatives.
+
+    python s3ft.py --task gsm8k --method s3ft --out runs/gsm8k
+
+A method turns the data D = {(x, y)} into the data D' = {(x, target)} that the model is trained on; it is one short function
+below. All that it may ask is the base model: predict(D), paraphrase(D), sample(D, k), each answer with the judge's verdict.
+Training, validation and the files are the same for all methods.
+
+Read in this order: `s3ft`, its relatives, `BaseModel` (what they ask), `train` (line 16 of Algorithm 1), `run` (the stages).
+
+Where we deviate from the paper, or it is silent:
+1. Algorithm 1 goes example by example; we ask for all predictions, then all paraphrases, because a GPU wants batches.
+2. `=` in lines 5 and 9 is the task's judge. Line 8 shows M both x and y (section 2), as the printed prompts do.
+3. A paraphrase that leaks its prompt ("the reference answer ...") is rejected, as SDFT's own code does.
+4. Batch 8, q_proj and v_proj, AdamW, 3 % warm-up and linear decay, clipping at 1.0: see the README's table.
+"""
+
+import argparse
+import dataclasses
+import io
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import lora
+from data import CUSTOM_TASK, TASKS, Example, Task, prompt, training_ids
+from evaluate import judged, respond, task_of, validate
+from files import (InputError, append_jsonl, exit_cleanly, locked, read_json, read_jsonl, resume_jsonl, write_bytes,
+                   write_json, write_jsonl)
+from generate import Sampling
+from model import best_device, load_model, log_probs, peak_memory_gib, target_logits
+
+# ------------------------------------------------------------------------------------------------ the methods
+
+
+def s3ft(D, base):
+    """Selective Self-to-Supervised Fine-Tuning (Algorithm 1, Fig. 1). The numbers are the lines of Algorithm 1."""
+    y_hat = base.predict(D)  # 4: ŷ ← M(x), for every x at once
+    y_tilde = base.paraphrase([x for x in D if not y_hat[x.id].accepted])  # 8: ỹ ← M([x; y]), for the rejected
+    for x in D:  # 3
+        if y_hat[x.id].accepted:  # 5: ŷ = y
+            yield x, y_hat[x.id].text, "prediction"  # 6: D' ← D' ∪ {(x, ŷ)}
+        elif y_tilde[x.id].accepted:  # 9: ỹ = y
+            yield x, y_tilde[x.id].text, "paraphrase"  # 10: D' ← D' ∪ {(x, ỹ)}
+        else:  # 11
+            yield x, base.gold(x), "gold"  # 12: D' ← D' ∪ {(x, y)}
+
+
+def sft(D, base):
+    """Supervised fine-tuning: the gold, always."""
+    for x in D:
+        yield x, base.gold(x), "gold"
+
+
+def sdft(D, base):
+    """Self-Distillation Fine-Tuning (Yang et al., 2024): a paraphrase of every gold, the gold where it is not accepted."""
+    y_tilde = base.paraphrase(D)
+    for x in D:
+        if y_tilde[x.id].accepted:
+            yield x, y_tilde[x.id].text, "paraphrase"
+        else:
+            yield x, base.gold(x), "gold"
+
+
+def ssr(D, base):
+    """Selective Self-Rehearsal (Gupta et al., 2024): the model's own response where accepted, else the gold."""
+    y_hat = base.predict(D)
+    for x in D:
+        if y_hat[x.id].accepted:
+            yield x, y_hat[x.id].text, "prediction"
+        else:
+            yield x, base.gold(x), "gold"
+
+
+def rft(D, base, k=4):
+    """Rejection sampling (STaR-like): the likeliest accepted one of k samples; a row without one is dropped."""
+    samples = base.sample(D, k)
+    for x in D:
+        accepted = [y for y in samples[x.id] if y.accepted]
+        if accepted:
+            yield x, max(accepted, key=lambda y: y.log_prob).text, "prediction"
+
+
+METHODS = {"sft": sft, "sdft": sdft, "ssr": ssr, "s3ft": s3ft, "rft": rft}
+
+
+# ------------------------------------------------------------------------------------------------ the base model
+
+LEAKS = ("reference answer", "your response", "my response", "your own response", "now it's your turn")
+
+
+def leaks(paraphrase: str) -> bool:
+    """Does a paraphrase speak of its prompt instead of to the question? (The list is SDFT's.)"""
+    text = paraphrase.lower()
+    return text.startswith("your turn") or any(leak in text for leak in LEAKS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A response and whether the judge accepts it as equivalent to the gold."""
+
+    text: str
+    accepted: bool
+    log_prob: float = 0.0
+
+
+class BaseModel:
+    """M_θ0 with a task and its judge. Every response and verdict is kept in the run folder, and never made twice."""
+
+    def __init__(self, model, tokenizer, task: Task, run: Path):
+        self.model, self.tokenizer, self.task, self.run = model, tokenizer, task, run
+
+    def gold(self, x: Example) -> str:
+        return self.task.gold(x)
+
+    def predict(self, D: list[Example]) -> dict[str, Judged]:
+        """ŷ for every x, from the predict prompt (Figs. 4 and 5), greedily."""
+        return self._ask(D, {x.id: prompt(self.task.predict, x) for x in D}, "predictions")
+
+    def paraphrase(self, D: list[Example]) -> dict[str, Judged]:
+        """ỹ for every (x, y), from the paraphrase prompt (Figs. 6 and 7), greedily."""
+        shown = {x.id: prompt(self.task.paraphrase, x, self.gold(x)) for x in D}
+        found = self._ask(D, shown, "paraphrases")
+        return {id: Judged(y.text, y.accepted and not leaks(y.text)) for id, y in found.items()}
+
+    def sample(self, D: list[Example], k: int, sampling=Sampling(temperature=1.0, top_p=0.95)) -> dict[str, list[Judged]]:  # noqa: B008
+        """k samples for every x, with the model's own log p(y | x)."""
+        rows = [dataclasses.replace(x, id=f"{x.id}#{i}") for x in D for i in range(k)]
+        users = {x.id: prompt(self.task.predict, x) for x in rows}
+        found = self._ask(rows, users, "samples", sampling)
+        scores = log_probs(self.model, [training_ids(self.tokenizer, users[x.id], found[x.id].text) for x in rows])
+        scored = [dataclasses.replace(found[x.id], log_prob=score) for x, score in zip(rows, scores, strict=True)]
+        return {x.id: scored[i * k : (i + 1) * k] for i, x in enumerate(D)}
+
+    def _ask(self, D, users: dict[str, str], kind: str, sampling=None) -> dict[str, Judged]:
+        rows = respond(self.model, self.tokenizer, self.task, users, self.run / f"{kind}.jsonl", sampling)
+        pairs = [(x, rows[x.id]["response"]) for x in D]
+        accepted = judged(self.model, self.tokenizer, self.task, pairs, self.run / f"{kind}.judged.jsonl")
+        return {x.id: Judged(response, bool(accepted[x.id])) for x, response in pairs}
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def loss_sum(model, rows) -> torch.Tensor:
+    """-Σ log p(y_t | x, y_<t) over the target tokens of the rows, in nats. The prompt is masked: it is no target."""
+    logits, targets = target_logits(model, rows)
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def step_rows(n: int, batch_size: int, steps: int, seed: int):
+    """Row numbers of every step: each epoch in an order of its own, and the same order whenever the run is repeated."""
+    order, epoch = [], 0
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order += random.Random(f"{seed}-{epoch}").sample(range(n), n)
+            epoch += 1
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up, then linear decay to 0. `step` counts from 0."""
+    warmup = max(1, round(args.warmup * args.steps))
+    return args.lr * min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
+
+
+def optimizer_step(model, optimizer, rows, args) -> tuple[float, int]:
+    """One step over a batch in micro-batches -> (mean loss, target tokens).
+
+    The loss is divided by the target tokens of the whole step. Averaging the micro-batches' own means would weigh a token
+    by the length of its neighbours, and make the result depend on how the batch was cut.
+    """
+    targets = sum(sum(is_target) for _, is_target in rows)
+    total = 0.0
+    for start in range(0, len(rows), args.micro_batch):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = loss_sum(model, rows[start : start + args.micro_batch]) / targets
+        loss.backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(lora.parameters(model), args.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total, targets
+
+
+def train(model, tokenizer, task: Task, rows: list, validation: list[Example], folder: Path, args) -> dict:
+    """Train on D' and keep the adapter with the best validation accuracy (A.3) -> what training.json says.
+
+    Every `eval_every` steps the whole state goes to checkpoint.pt. Dropout is seeded by the step, the order by the epoch, so a
+    run that goes on from there ends with the same weights as one that was never interrupted.
+    """
+    optimizer = torch.optim.AdamW(lora.parameters(model), weight_decay=0.0, fused=model.device.type == "cuda")
+    state = load_checkpoint(model, optimizer, folder)
+    model.train()
+    bar = tqdm(total=args.steps, initial=state["step"], desc=f"{folder.name}/train", unit="step")
+    for step, batch in enumerate(step_rows(len(rows), args.batch_size, args.steps, args.seed)):
+        if step < state["step"]:
+            continue
+        start = time.monotonic()
+        torch.manual_seed(1_000_003 * args.seed + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        loss, targets = optimizer_step(model, optimizer, [rows[i] for i in batch], args)
+        state["seconds"] += time.monotonic() - start
+        tokens = sum(len(rows[i][0]) for i in batch)
+        state["tokens"] += tokens
+        bar.set_postfix_str(f"loss {loss:.3f}, {state['tokens'] / state['seconds']:.0f} tokens/s", refresh=False)
+        bar.update()
+        append_jsonl(folder / "log.jsonl", {"step": step + 1, "loss": round(loss, 6), "lr": learning_rate(step, args),
+                                            "tokens": tokens, "targets": targets})
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            state["step"] = step + 1
+            keep_best(model, tokenizer, task, validation, folder, state)
+            save_checkpoint(model, optimizer, folder, state)
+            model.train()
+    bar.close()
+    return state
+
+
+def keep_best(model, tokenizer, task: Task, validation: list[Example], folder: Path, state: dict) -> None:
+    accuracy = validate(model, tokenizer, task, validation)
+    append_jsonl(folder / "log.jsonl", {"step": state["step"], "validation": accuracy})
+    if accuracy > state["best"]["validation"]:
+        state["best"] = {"step": state["step"], "validation": accuracy}
+        lora.save(model, folder, model.config._name_or_path)
+
+
+def save_checkpoint(model, optimizer, folder: Path, state: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save({"state": state, "lora": lora.state_dict(model), "optimizer": optimizer.state_dict()}, buffer)
+    write_bytes(folder / "checkpoint.pt", buffer.getvalue())
+
+
+def load_checkpoint(model, optimizer, folder: Path) -> dict:
+    """The state of the last checkpoint, put back into model and optimizer; a fresh one if there is none."""
+    state = {"step": 0, "best": {"step": 0, "validation": -1.0}, "seconds": 0.0, "tokens": 0}
+    if (folder / "checkpoint.pt").exists():
+        saved = torch.load(folder / "checkpoint.pt", map_location=model.device, weights_only=True)
+        lora.load_state_dict(model, saved["lora"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+    log = [row for row in resume_jsonl(folder / "log.jsonl") if row["step"] <= state["step"]]
+    write_jsonl(folder / "log.jsonl", log)  # steps after the checkpoint are about to be made, and logged, again
+    return state
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+def build(method, D: list[Example], base: BaseModel, path: Path) -> list[dict]:
+    """D' as rows {id, prompt, response, source}, written to `path` once and read from there afterwards."""
+    if not path.exists():
+        targets = METHODS[method](D, base)
+        write_jsonl(path, [{"id": x.id, "prompt": prompt(base.task.train, x), "response": target, "source": source}
+                           for x, target, source in targets])
+    return read_jsonl(path, ("id", "prompt", "response", "source"))
+
+
+def encode_rows(model, tokenizer, rows: list[dict], path: Path) -> list:
+    encoded = [training_ids(tokenizer, row["prompt"], row["response"]) for row in rows]
+    longest = getattr(model.config, "max_position_embeddings", float("inf"))
+    for row, (ids, _) in zip(rows, encoded, strict=True):
+        if len(ids) > longest:
+            raise InputError(f"{path}, row {row['id']}: {len(ids)} tokens, but the model's context holds {longest}")
+    return encoded
+
+
+def run(args) -> None:
+    """The stages of one method: D', LoRA, training. Each is skipped where an earlier run finished it."""
+    shared = {name: getattr(args, name) for name in ("task", "model", "judge", "limit", "files", "max_new_tokens", "dtype")}
+    own = {name: value for name, value in vars(args).items() if name not in (*shared, *UNRECORDED)}
+    folder = args.out / args.name
+    remember(args.out / "config.json", shared, "--out")
+    remember(folder / "config.json", own, "--name")
+    if (folder / "training.json").exists():
+        print(f"{folder}: finished already")
+        return
+    task, (D, validation, _) = task_of(shared, args.data)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
+    rows = build(args.method, D, BaseModel(model, tokenizer, task, args.out), folder / "train.jsonl")
+    sources = {source: sum(row["source"] == source for row in rows) for source in ("prediction", "paraphrase", "gold")}
+    print(f"{args.name}: {len(rows)} rows, " + ", ".join(f"{n / len(rows):.1%} {source}" for source, n in sources.items()))
+    encoded = encode_rows(model, tokenizer, rows, folder / "train.jsonl")
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    lora.inject(model, args.rank, args.alpha, args.dropout, args.target_modules, seed=args.seed)
+    state = train(model, tokenizer, task, encoded, validation, folder, args)
+    write_json(folder / "training.json", {"method": args.method, "sources": sources, "steps": args.steps, **state["best"],
+                                          "minutes": round(state["seconds"] / 60, 2),
+                                          "tokens_per_second": round(state["tokens"] / state["seconds"]),
+                                          "peak_memory_gib": peak_memory_gib()})
+    (folder / "checkpoint.pt").unlink()
+
+
+UNRECORDED = ("out", "name", "data", "device", "trust_remote_code", "sandbox")  # where and on what, not what
+
+
+def remember(path: Path, settings: dict, flag: str) -> None:
+    """Write the settings down, or check that they are those of the run that is being continued."""
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = read_json(path)
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise InputError(f"{path.parent} was begun with --{name.replace('_', '-')} {before.get(name)}, not {value}: "
+                             f"give that value again, or another {flag}")
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="Train a model with S3FT or one of its relatives.", allow_abbrev=False)
+    what = parser.add_argument_group("what to do")
+    what.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or custom (your files, below)")
+    what.add_argument("--method", required=True, help=", ".join(METHODS))
+    what.add_argument("--model", default="mistralai/Mistral-7B-Instruct-v0.2", help="Hugging Face name or folder (%(default)s)")
+    what.add_argument("--out", required=True, type=Path, help="the run folder; all methods of one comparison share it")
+    what.add_argument("--name", help="the method's folder in it (default: the method)")
+    what.add_argument("--data", default="data", help="where the data sets are, and are downloaded to (%(default)s)")
+    what.add_argument("--limit", type=int, help="only the first N rows of every split")
+    custom = parser.add_argument_group("your own task", "JSONL rows: question, answer (context, tests, id); or SQuAD JSON")
+    for split in ("train", "val", "test"):
+        custom.add_argument(f"--{split}-file", metavar="F")
+    custom.add_argument("--judge", choices=("numeric", "code", "recall", "llm"), help="what = means (default: the task's)")
+    generation = parser.add_argument_group("generation (greedy, A.3)")
+    generation.add_argument("--max-new-tokens", type=int, help="length limit of a response (default: the task's)")
+    generation.add_argument("--sandbox", choices=("best", "strict"), default="best",
+                            help="code judge: strict refuses to run where a layer of isolation is missing (%(default)s)")
+    adapter = parser.add_argument_group("LoRA (section 3)")
+    adapter.add_argument("--rank", type=int, default=8, help="r (%(default)s)")
+    adapter.add_argument("--alpha", type=float, default=16, help="scale = alpha / r (%(default)s)")
+    adapter.add_argument("--dropout", type=float, default=0.1, help="on the adapter's input (%(default)s)")
+    adapter.add_argument("--target-modules", default="q_proj,v_proj", help="names, or all-linear (%(default)s)")
+    training = parser.add_argument_group("training (A.3; the paper is silent on batch size, schedule and optimizer)")
+    training.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (%(default)s)")
+    training.add_argument("--steps", type=int, help="optimizer steps (default: the task's; GSM8K, NQ 5000, MBPP 1000)")
+    training.add_argument("--eval-every", type=int, help="validate every N steps (default: the task's; 500, MBPP 100)")
+    training.add_argument("--batch-size", type=int, default=8, help="sequences a step (%(default)s)")
+    training.add_argument("--micro-batch", type=int, help="sequences a forward pass; fewer need less memory (default: all)")
+    training.add_argument("--warmup", type=float, default=0.03, help="share of the steps (%(default)s)")
+    training.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (%(default)s)")
+    training.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
+    training.add_argument("--seed", type=int, default=0, help="LoRA's start, dropout, order of rows (%(default)s)")
+    hardware = parser.add_argument_group("machine")
+    hardware.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    hardware.add_argument("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on cuda, else float32)")
+    hardware.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    return complete(parser.parse_args(argv))
+
+
+def complete(args):
+    """Fill in the defaults that depend on others, and refuse what cannot work."""
+    if args.method not in METHODS:
+        raise InputError(f"unknown method {args.method!r}: choose from {', '.join(METHODS)}")
+    files = [vars(args).pop(f"{split}_file") for split in ("train", "val", "test")]
+    if (args.task == "custom") != all(files) or args.task == "custom" and not args.judge:
+        raise InputError("--task custom goes with --train-file, --val-file, --test-file and --judge; the other tasks with none")
+    task = TASKS.get(args.task, CUSTOM_TASK)
+    args.files = files if all(files) else None
+    args.name = args.name or args.method
+    args.steps = args.steps or task.steps
+    args.eval_every = min(args.eval_every or task.eval_every, args.steps)
+    args.micro_batch = args.micro_batch or args.batch_size
+    args.device = args.device or best_device()
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    if args.target_modules != "all-linear":
+        args.target_modules = args.target_modules.split(",")
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse(argv)
+    with locked(args.out):
+        run(args)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
