@@ -1,0 +1,231 @@
+r"""Judges: is a response equivalent to the gold? They are the meaning of `=` in lines 5 and 9 of Algorithm 1 (paper, A.3 and A.5).
+
+numeric, for GSM8K: the last number of the response equals, by value, the last number of the gold (A.3). What counts as a number:
+
+    written                                   read as       because
+    18   +18   18.   18!   **18**   _18_      18            marks around digits are not part of a number
+    18.00   018                               18            compared by value, exactly, however long
+    1,234   1,234,567.5   1{,}234   1\,234    1234, ...     , {,} \, ' and thin or no-break blanks part groups of exactly three digits
+    1,23   3, 4   1,2345                      23, 4, 2345   any other comma ends a number
+    .5   0.5                                  0.5           but ...5 is 5, and the last number of 1.2.3 is 3
+    $18   £18   18 %   18kg   18 km/h         18            currency, percent and units are not read
+    \boxed{18}   \$18   \(18\)   #### 18      18            nor is markup
+    m^2   m^{2}   cm²                         nothing       an exponent is not a number of its own
+    -18   −18   –18   -$18   (-18)   $-18     -18           a minus touches its number (or the number's currency) from the left,
+    5-18   day-18   ) -18                     18, 18, -18   and nothing that it could subtract from touches it
+    - 18   10 - 18                            18            so a bullet or a subtraction is no sign
+    1.8e1   1E3                               18, 1000      scientific notation, an exponent of up to three digits
+    ３   १८                                   3, 18         the decimal digits of any script
+    3/4   3:45   7-9   2x4                    4, 45, 9, 4   fractions, times, ranges: the last number alone
+    ½   ²   eighteen   ∞   nan                nothing       not written in digits
+
+    Two answers without a number are not equal.
+
+code, for MBPP: the program in the response passes every test of its row, run by sandbox.py (which says what that protects from).
+llm, for NQ: the prompt of Fig. 8; True or False is read from the reply, and anything else is "not accepted" and counted.
+recall, for short golds: every word of the gold stands in the response, or it abstains where the question has no answer (ours).
+
+Deviations from the published definitions:
+1. Abstention: the phrases that Slobodkin et al. (2023) count, but as whole words ("n/a" is not found in "corn/apples").
+2. Token recall is SQuAD's normalisation (v1.1 script) and a multiset overlap. A gold of which that leaves nothing ("A", "the")
+   is not recalled by every response: it must be the whole response.
+
+A new judge is one function (example, response) -> bool and one entry of JUDGES.
+"""
+
+import os
+import re
+import string
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+
+import sandbox
+from data import Example, fill
+
+# ------------------------------------------------------------------------------------------------ numeric
+
+NUMBER = re.compile(
+    r"""
+    \^ \s* \{? \s* [-−]? [\d.]+                                    # an exponent: passed over, no group
+  | (?: (?<! [^\W_] ) (?<! [)\]}\-−–] ) (?P<minus> [-−–－] )       # a minus that nothing precedes which it could subtract from
+        (?: \\? [$€£¥₹] )? )?
+    (?P<digits> \d{1,3} (?: (?: [,，'’\u00a0\u2009\u202f] | \{,\} | \\, ) \d{3} )+ (?! \d )   # 1,234,567
+              | \d+
+              | (?<! [\w.] ) (?= \. \d ) )                         # .5
+    (?P<rest> (?: \. \d+ )? (?: [eE] [+-]? \d{1,3} (?! \w ) )? )
+    """,
+    re.VERBOSE,
+)
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text by the table above, None if it has none."""
+    last = None
+    for match in NUMBER.finditer(text):
+        last = match if match["digits"] is not None else last
+    if last is None:
+        return None
+    digits = re.sub(r"\D", "", last["digits"])
+    return Decimal(("-" if last["minus"] else "") + (digits or "0") + last["rest"])
+
+
+def numeric(response: str, gold: str) -> bool:
+    """Do both end in the same number (A.3)? False where either has none."""
+    answer = last_number(response)
+    return answer is not None and answer == last_number(gold)
+
+
+# ------------------------------------------------------------------------------------------------ code
+
+BEGIN, DONE = "[[BEGIN]]", "[[DONE]]"
+FENCE = re.compile(r"^ {0,3}```+[^\n`]*\n(.*?)(?:^ {0,3}```|```\s*\Z|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def extract_code(response: str) -> str:
+    """The program of a response: between the tags, else in a code fence, else all of it. Never an exception.
+
+    The first [[DONE]] after a [[BEGIN]] ends the program, as it ends a generation that stops there; of several [[BEGIN]] before it the
+    last one counts. Without [[DONE]] the program goes on to the end, without [[BEGIN]] it starts at the start. A fence inside the tags is
+    taken off; of several fences the first counts, and one that is never closed goes on to the end. A common indentation is removed.
+    """
+    text = response.removeprefix("\ufeff")
+    _, begin, after = text.partition(BEGIN)
+    text = (after if begin else text).partition(DONE)[0].rpartition(BEGIN)[2]
+    fence = FENCE.search(text)
+    if fence:  # a fence that holds nothing is the stray end of one: what stands before it counts
+        text = fence[1] if fence[1].strip() else text[: fence.start()]
+    text = text.strip("\r\n\ufeff")
+    return (textwrap.dedent(text) if text[:1] in (" ", "\t") else text).strip()
+
+
+def run_tests(code: str, tests: Sequence[str], setup: str = "", timeout: float = sandbox.CPU_SECONDS) -> bool:
+    """Does the program pass every test? `setup` runs between the two, `timeout` is CPU seconds. False without a test."""
+    return sandbox.passes(code, tests, setup, timeout)
+
+
+def code(response: str, tests: Sequence[str], setup: str = "", timeout: float = sandbox.CPU_SECONDS) -> bool:
+    """Does the program in the response pass every test (section 3)?"""
+    return run_tests(extract_code(response), tests, setup, timeout)
+
+
+# ------------------------------------------------------------------------------------------------ LLM
+
+LLM_JUDGE = """\
+You are a helpful assistant acting as an impartial judge. You will be given a Question, a Reference Answer, and a Provided Answer. \
+Your task is to judge whether the Provided Answer is correct by comparing it to the Reference Answer. If the Provided Answer is \
+correct, choose only 'True', otherwise choose only 'False'. Question: {{question}}
+Provided Answer:
+{{predicted_response}}
+Reference Answer:
+{{gold_response}}
+Decision: [True/False]"""  # Fig. 8
+
+VERDICT = re.compile(
+    r"""
+    (?P<choice> \b (?: true|false ) \s* (?: / | \| | \b or \b ) \s* (?: true|false ) \b )       # the choice, echoed: passed over
+  | (?P<no> (?: \b (?: not|never|neither|cannot ) | n['’]t ) (?: \s+ \w+ ){0,3}? \s+ )?         # not true, isn't quite true
+    (?<! [^\W_] ) (?P<word> true|false ) (?! [^\W_] )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def parse_verdict(text: str) -> bool | None:
+    """The first whole word true or false of a reply; None without one, and for "not false". "not true" is False."""
+    for match in VERDICT.finditer(text):
+        if match["word"]:
+            true = match["word"].lower() == "true"
+            return None if match["no"] and not true else true and not match["no"]
+    return None
+
+
+class LLMJudge:
+    """A language model as the judge (A.5). `generate` maps prompts to replies; `unparsed` counts replies that hold no verdict."""
+
+    def __init__(self, generate: Callable[[list[str]], list[str]]):
+        self.generate, self.unparsed = generate, 0
+
+    def verdicts(self, pairs: Sequence[tuple[Example, str]]) -> list[bool | None]:
+        """The verdict on each (example, response), None where the reply holds none."""
+        prompts = [fill(LLM_JUDGE, question=x.question, predicted_response=y, gold_response=x.answer) for x, y in pairs]
+        read = [parse_verdict(reply) for reply in self.generate(prompts)]
+        self.unparsed += read.count(None)
+        return read
+
+    def __call__(self, pairs: Sequence[tuple[Example, str]]) -> list[bool]:
+        return [verdict is True for verdict in self.verdicts(pairs)]
+
+
+# ------------------------------------------------------------------------------------------------ recall
+
+MAX_WORDS = 50  # so that reciting the context is no answer
+ABSTENTIONS = ("unanswerable", "n/a", "idk", "i don't know", "not known", "answer not in context", "the answer is unknown")
+WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # these count only as a whole sentence
+ABSTENTION = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ABSTENTIONS)) + r")(?!\w)")
+SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\s/\s|\n")
+
+
+def normalize(text: str) -> list[str]:
+    """The words of a text after SQuAD's normalisation: lower case, no ASCII punctuation, no articles."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def token_recall(response: str, gold: str) -> float:
+    """The share of the gold's words (as a multiset) that the response has: |response ∩ gold| / |gold|."""
+    wanted = Counter(normalize(gold))
+    if not wanted:
+        return float(response.strip().lower() == gold.strip().lower() != "")
+    return (wanted & Counter(normalize(response))).total() / wanted.total()
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, lower-cased and without marks around them."""
+    parts = SENTENCE_END.split(text.lower().replace("’", "'"))
+    return [part for part in (part.strip(string.punctuation + string.whitespace) for part in parts) if part]
+
+
+def abstains(response: str) -> bool:
+    """Does the response say, anywhere, that there is no answer?"""
+    return any(ABSTENTION.search(part) or part in WHOLE_ABSTENTIONS for part in sentences(response))
+
+
+def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequence[str] = ()) -> bool:
+    """At most 50 words that hold all words of a gold and do not abstain; or that abstain at once where there is no answer.
+
+    Neither way accepts a reply that answers first and abstains after.
+    """
+    if len(response.split()) > MAX_WORDS:
+        return False
+    if unanswerable:
+        return any(abstains(first) for first in sentences(response)[:1])
+    return not abstains(response) and any(token_recall(response, answer) == 1 for answer in (gold, *aliases))
+
+
+# ------------------------------------------------------------------------------------------------ by name
+
+JUDGES: dict[str, Callable[[Example, str], bool]] = {
+    "numeric": lambda x, response: numeric(response, x.answer),
+    "code": lambda x, response: code(response, x.tests, x.setup),
+    "recall": lambda x, response: recall(response, x.answer, x.unanswerable, x.aliases),
+}
+LLM_BATCH = 256  # pairs a call of the LLM judge: enough for the generator to group prompts of like length
+
+
+def judge_all(name: str, pairs: Sequence[tuple[Example, str]], generate=None) -> Iterator[bool | None]:
+    """Verdicts on (example, response) pairs, in order and as they come; "llm" asks `generate`, and gives None for no verdict.
+
+    Programs run in parallel, one a core; their limits are in CPU time, so that a busy machine changes no verdict.
+    """
+    if name == "llm":
+        judge = LLMJudge(generate)
+        for start in range(0, len(pairs), LLM_BATCH):
+            yield from judge.verdicts(pairs[start : start + LLM_BATCH])
+    elif name == "code":
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            yield from pool.map(lambda pair: JUDGES["code"](*pair), pairs)
+    else:
+        yield from (JUDGES[name](*pair) for pair in pairs)
