@@ -1,0 +1,96 @@
+"""Packed rows against one row at a time: the same logits, loss and gradients for every kind of model."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+
+from data import InputError
+from model import load_model, log_probs, packs, target_logits
+
+SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0)
+CONFIGS = [LlamaConfig(**SHAPE), MistralConfig(**SHAPE, sliding_window=None), MistralConfig(**SHAPE, sliding_window=5),
+           Qwen2Config(**SHAPE), Qwen3Config(**SHAPE), GemmaConfig(**SHAPE), Phi3Config(**SHAPE)]
+
+
+def random_rows(lengths=(9, 17, 5, 12)):
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, 97, (length,), generator=generator).tolist() for length in lengths]
+    return [(row, [False] * 3 + [True] * (len(row) - 3)) for row in ids]
+
+
+def model_of(config, attention):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def one_at_a_time(model, rows):
+    """The plain way: each row alone, all its logits."""
+    for ids, mask in rows:
+        logits = model(torch.tensor([ids])).logits[0]
+        where = [i for i, target in enumerate(mask) if target]
+        yield logits[[i - 1 for i in where]], torch.tensor([ids[i] for i in where])
+
+
+@pytest.mark.parametrize("attention", ["rows", "sdpa", "eager"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.model_type}-{getattr(c, 'sliding_window', None)}")
+def test_packed_logits_are_those_of_each_row_alone(config, attention):
+    model, rows = model_of(config, attention), random_rows()
+    with torch.no_grad():
+        logits, targets = target_logits(model, rows)
+        alone = list(one_at_a_time(model_of(config, "eager"), rows))
+    assert torch.equal(targets, torch.cat([t for _, t in alone]))
+    torch.testing.assert_close(logits, torch.cat([found for found, _ in alone]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_loss_has_the_gradients_of_a_padded_batch(checkpointing):
+    """The reference is the usual loop: padded rows, an attention mask, labels of -100 on prompt and padding."""
+    rows = random_rows()
+    packed, padded = model_of(CONFIGS[0], "rows"), model_of(CONFIGS[0], "eager")
+    if checkpointing:
+        packed.gradient_checkpointing_enable()
+        packed.train()
+    logits, targets = target_logits(packed, rows)
+    F.cross_entropy(logits, targets, reduction="sum").backward()
+
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
+    attend = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows])
+    labels = torch.tensor([[t if m else -100 for t, m in zip(*row, strict=True)] + [-100] * (width - len(row[0])) for row in rows])
+    logits = padded(ids, attention_mask=attend).logits[:, :-1]
+    F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum").backward()
+    for (name, a), b in zip(packed.named_parameters(), padded.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_log_probs_sum_over_target_tokens_only():
+    model, rows = model_of(CONFIGS[0], "rows"), random_rows()
+    with torch.no_grad():
+        expected = [-F.cross_entropy(logits, targets, reduction="sum").item() for logits, targets in one_at_a_time(model, rows)]
+    assert log_probs(model, rows) == pytest.approx(expected, abs=1e-4)
+
+
+def test_packs_keep_order_and_bound():
+    rows = random_rows((9, 17, 5, 12, 40))
+    groups = list(packs(rows, tokens=26))
+    assert [row for group in groups for row in group] == rows
+    assert all(sum(len(ids) for ids, _ in group) <= 26 or len(group) == 1 for group in groups)
+
+
+def test_a_model_without_a_chat_template_is_refused(tiny, tmp_path):
+    for file in tiny.iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match="no chat template"):
+        load_model(str(tmp_path))
+
+
+def test_weights_in_pickle_files_are_refused(tiny, tmp_path):
+    for file in tiny.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(str(tmp_path))
