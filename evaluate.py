@@ -18,6 +18,7 @@ import hashlib
 import math
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -67,6 +68,7 @@ def respond(model, tokenizer, task: Task, prompts: dict[str, str], path: Path, s
     todo = {name: text for name, text in prompts.items() if name not in rows}
     if todo:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sampling = sampling and replace(sampling, keys=list(todo))
         for row in answers(model, tokenizer, task, todo, f"{path.parent.name}/{path.stem}", sampling):
             append_jsonl(path, row)
             rows[row["id"]] = row

@@ -48,18 +48,20 @@ class Response:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draw tokens instead of taking the likeliest. A draw depends on (seed, prompt index, position), not on the batch."""
+    """Draw tokens instead of taking the likeliest. A draw depends on (seed, prompt's key, position), not on the batch."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    keys: Sequence[str] = ()  # a name for every prompt (default: its index), so that a part can be drawn again alone
 
     def __post_init__(self):
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise ValueError("sampling needs temperature > 0 and 0 < top_p <= 1 (sample=None is greedy)")
 
     def uniform(self, index: int, position: int) -> float:
-        digest = hashlib.blake2b(f"{self.seed} {index} {position}".encode(), digest_size=6).digest()
+        key = self.keys[index] if self.keys else index
+        digest = hashlib.blake2b(f"{self.seed} {key} {position}".encode(), digest_size=6).digest()
         return int.from_bytes(digest, "big") / 2**48
 
 
@@ -200,7 +202,7 @@ def _probe(model, rows: list[Row]) -> tuple[DynamicCache | None, str]:
         return None, "an encoder-decoder or ALiBi model"
     if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters):
         return None, "forward takes no position_ids or no logits_to_keep"
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if any(word in config._attn_implementation for word in ("flash", "flex", "paged")):  # these take no 4-D mask
         return None, f"attention {config._attn_implementation!r}"
     longest = max(row.limit for row in rows)
     rope = getattr(config, "rope_parameters", None) or {}

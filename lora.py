@@ -133,10 +133,9 @@ def merge(model: nn.Module) -> None:
     """Compute with W' = W + scale B A, one product a layer. For inference: A and B get no gradient while merged."""
     for layer in layers(model).values():
         weight = layer.base.weight
-        if layer.merged is None:
-            with torch.autocast(weight.device.type, enabled=False):
-                update = layer.scale * (layer.lora_B.float() @ layer.lora_A.float())
-            layer.merged = (weight.float() + update).to(weight.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            update = layer.scale * (layer.lora_B.float() @ layer.lora_A.float())
+        layer.merged = (weight.float() + update).to(weight.dtype)
 
 
 def unmerge(model: nn.Module) -> None:

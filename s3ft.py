@@ -270,6 +270,13 @@ def encode_rows(model, tokenizer, rows: list[dict], path: Path) -> list:
     return encoded
 
 
+def inject(model, args) -> None:
+    try:
+        lora.inject(model, args.rank, args.alpha, args.dropout, args.target_modules, seed=args.seed)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def run(args) -> None:
     """The stages of one method: D', LoRA, training. Each is skipped where an earlier run finished it."""
     shared = {name: getattr(args, name) for name in ("task", "model", "judge", "limit", "files", "max_new_tokens", "dtype")}
@@ -282,13 +289,16 @@ def run(args) -> None:
         return
     task, (D, validation, _) = task_of(shared, args.data)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    rows = build(args.method, D, BaseModel(model, tokenizer, task, args.out), folder / "train.jsonl")
+    inject(model, args)  # before hours of generation: a wrong --target-modules must not come to light after them
+    with lora.disabled(model):
+        rows = build(args.method, D, BaseModel(model, tokenizer, task, args.out), folder / "train.jsonl")
+    if not rows:
+        raise InputError(f"{args.name}: no row of the training data is left, nothing was accepted")
     sources = {source: sum(row["source"] == source for row in rows) for source in ("prediction", "paraphrase", "gold")}
     print(f"{args.name}: {len(rows)} rows, " + ", ".join(f"{n / len(rows):.1%} {source}" for source, n in sources.items()))
     encoded = encode_rows(model, tokenizer, rows, folder / "train.jsonl")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    lora.inject(model, args.rank, args.alpha, args.dropout, args.target_modules, seed=args.seed)
     state = train(model, tokenizer, task, encoded, validation, folder, args)
     write_json(folder / "training.json", {"method": args.method, "sources": sources, "steps": args.steps, **state["best"],
                                           "minutes": round(state["seconds"] / 60, 2),
@@ -315,8 +325,29 @@ def remember(path: Path, settings: dict, flag: str) -> None:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def fail(message: str):
+    raise InputError(message)
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Train a model with S3FT or one of its relatives.", allow_abbrev=False)
+    parser.error = fail  # one line, without the usage
     what = parser.add_argument_group("what to do")
     what.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or custom (your files, below)")
     what.add_argument("--method", required=True, help=", ".join(METHODS))
@@ -324,28 +355,28 @@ def parse(argv=None):
     what.add_argument("--out", required=True, type=Path, help="the run folder; all methods of one comparison share it")
     what.add_argument("--name", help="the method's folder in it (default: the method)")
     what.add_argument("--data", default="data", help="where the data sets are, and are downloaded to (%(default)s)")
-    what.add_argument("--limit", type=int, help="only the first N rows of every split")
+    what.add_argument("--limit", type=count, help="only the first N rows of every split")
     custom = parser.add_argument_group("your own task", "JSONL rows: question, answer (context, tests, id); or SQuAD JSON")
     for split in ("train", "val", "test"):
         custom.add_argument(f"--{split}-file", metavar="F")
     custom.add_argument("--judge", choices=("numeric", "code", "recall", "llm"), help="what = means (default: the task's)")
     generation = parser.add_argument_group("generation (greedy, A.3)")
-    generation.add_argument("--max-new-tokens", type=int, help="length limit of a response (default: the task's)")
+    generation.add_argument("--max-new-tokens", type=count, help="length limit of a response (default: the task's)")
     generation.add_argument("--sandbox", choices=("best", "strict"), default="best",
                             help="code judge: strict refuses to run where a layer of isolation is missing (%(default)s)")
     adapter = parser.add_argument_group("LoRA (section 3)")
-    adapter.add_argument("--rank", type=int, default=8, help="r (%(default)s)")
-    adapter.add_argument("--alpha", type=float, default=16, help="scale = alpha / r (%(default)s)")
-    adapter.add_argument("--dropout", type=float, default=0.1, help="on the adapter's input (%(default)s)")
+    adapter.add_argument("--rank", type=count, default=8, help="r (%(default)s)")
+    adapter.add_argument("--alpha", type=amount, default=16, help="scale = alpha / r (%(default)s)")
+    adapter.add_argument("--dropout", type=amount, default=0.1, help="on the adapter's input (%(default)s)")
     adapter.add_argument("--target-modules", default="q_proj,v_proj", help="names, or all-linear (%(default)s)")
     training = parser.add_argument_group("training (A.3; the paper is silent on batch size, schedule and optimizer)")
-    training.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (%(default)s)")
-    training.add_argument("--steps", type=int, help="optimizer steps (default: the task's; GSM8K, NQ 5000, MBPP 1000)")
-    training.add_argument("--eval-every", type=int, help="validate every N steps (default: the task's; 500, MBPP 100)")
-    training.add_argument("--batch-size", type=int, default=8, help="sequences a step (%(default)s)")
-    training.add_argument("--micro-batch", type=int, help="sequences a forward pass; fewer need less memory (default: all)")
-    training.add_argument("--warmup", type=float, default=0.03, help="share of the steps (%(default)s)")
-    training.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (%(default)s)")
+    training.add_argument("--lr", type=amount, default=1e-4, help="peak learning rate (%(default)s)")
+    training.add_argument("--steps", type=count, help="optimizer steps (default: the task's; GSM8K, NQ 5000, MBPP 1000)")
+    training.add_argument("--eval-every", type=count, help="validate every N steps (default: the task's; 500, MBPP 100)")
+    training.add_argument("--batch-size", type=count, default=8, help="sequences a step (%(default)s)")
+    training.add_argument("--micro-batch", type=count, help="sequences a forward pass; fewer need less memory (default: all)")
+    training.add_argument("--warmup", type=amount, default=0.03, help="share of the steps (%(default)s)")
+    training.add_argument("--clip", type=amount, default=1.0, help="largest gradient norm (%(default)s)")
     training.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
     training.add_argument("--seed", type=int, default=0, help="LoRA's start, dropout, order of rows (%(default)s)")
     hardware = parser.add_argument_group("machine")
@@ -369,6 +400,10 @@ def complete(args):
     args.eval_every = min(args.eval_every or task.eval_every, args.steps)
     args.micro_batch = args.micro_batch or args.batch_size
     args.device = args.device or best_device()
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {args.device}: this machine has none, or torch cannot use it") from None
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.target_modules != "all-linear":
         args.target_modules = args.target_modules.split(",")

@@ -1,0 +1,362 @@
+"""Algorithm 1 and its relatives, the training loop, and runs that are broken off."""
+
+import copy
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import lora
+import s3ft
+from data import CUSTOM_TASK, Example, training_ids
+from files import exit_cleanly, read_jsonl, write_jsonl
+from model import load_model
+from s3ft import Judged
+
+ROOT = Path(__file__).parent.parent
+
+
+# ------------------------------------------------------------------------------------------------ the methods
+
+
+class FakeBase:
+    """Answers from a table, and records what it was asked."""
+
+    def __init__(self, predictions="", paraphrases="", samples=None):
+        self.accepted = {"predict": predictions, "paraphrase": paraphrases}
+        self.samples, self.asked = samples, {}
+
+    def gold(self, x):
+        return f"gold {x.id}"
+
+    def predict(self, D):
+        return self._answer("predict", D)
+
+    def paraphrase(self, D):
+        return self._answer("paraphrase", D)
+
+    def sample(self, D, k):
+        return self.samples
+
+    def _answer(self, kind, D):
+        self.asked[kind] = "".join(x.id for x in D)
+        return {x.id: Judged(f"{kind} {x.id}", x.id in self.accepted[kind]) for x in D}
+
+
+D = [Example(id, "q", "a") for id in "abcd"]
+
+
+def targets(method, base):
+    return [(x.id, text, source) for x, text, source in method(D, base)]
+
+
+def test_s3ft_takes_prediction_then_paraphrase_then_gold():
+    base = FakeBase(predictions="ac", paraphrases="bc")
+    assert targets(s3ft.s3ft, base) == [
+        ("a", "predict a", "prediction"), ("b", "paraphrase b", "paraphrase"),
+        ("c", "predict c", "prediction"), ("d", "gold d", "gold")]
+    assert base.asked == {"predict": "abcd", "paraphrase": "bd"}  # Algorithm 1 paraphrases the rejected only
+
+
+def test_sft_asks_the_base_model_nothing():
+    base = FakeBase(predictions="abcd", paraphrases="abcd")
+    assert targets(s3ft.sft, base) == [(id, f"gold {id}", "gold") for id in "abcd"] and base.asked == {}
+
+
+def test_sdft_paraphrases_every_row_and_keeps_the_gold_otherwise():
+    base = FakeBase(predictions="abcd", paraphrases="a")
+    assert [source for *_, source in targets(s3ft.sdft, base)] == ["paraphrase", "gold", "gold", "gold"]
+    assert base.asked == {"paraphrase": "abcd"}
+
+
+def test_ssr_never_paraphrases():
+    base = FakeBase(predictions="ab", paraphrases="abcd")
+    assert [source for *_, source in targets(s3ft.ssr, base)] == ["prediction", "prediction", "gold", "gold"]
+    assert base.asked == {"predict": "abcd"}
+
+
+def test_rft_takes_the_likeliest_accepted_sample_and_drops_the_rest():
+    samples = {"a": [Judged("likely but wrong", False, -1), Judged("second", True, -3), Judged("best", True, -2)],
+               "b": [Judged("wrong", False, -1)], "c": [Judged("only", True, -9)], "d": []}
+    assert targets(s3ft.rft, FakeBase(samples=samples)) == [("a", "best", "prediction"), ("c", "only", "prediction")]
+
+
+@pytest.mark.parametrize(("text", "leaking"), [
+    ("The Reference Answer says 7.", True), ("Your turn: 7", True), ("It's your turn", False),
+    ("Now it's your turn", True), ("In my response, 7", True), ("7 apples, as he was responsive.", False)])
+def test_leaks(text, leaking):
+    assert s3ft.leaks(text) is leaking
+
+
+# ------------------------------------------------------------------------------------------------ the training step
+
+
+def settings(**changes):
+    return SimpleNamespace(**({"micro_batch": 8, "batch_size": 8, "clip": 1.0, "dtype": "float32", "warmup": 0.25,
+                               "steps": 8, "lr": 0.01, "seed": 0} | changes))
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return load_model(str(tiny), "cpu")
+
+
+@pytest.fixture(scope="module")
+def rows(loaded):
+    texts = [("question " * i, "an answer " * (1 + i % 3)) for i in range(8)]
+    return [training_ids(loaded[1], *text) for text in texts]
+
+
+def trained(model, rows, micro_batch):
+    model = copy.deepcopy(model)
+    lora.inject(model, dropout=0.0, seed=0)
+    optimizer = torch.optim.AdamW(lora.parameters(model), lr=0.01)
+    losses = [s3ft.optimizer_step(model, optimizer, rows, settings(micro_batch=micro_batch))[0] for _ in range(3)]
+    return lora.state_dict(model), losses
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_accumulation_gives_the_weights_of_one_batch(loaded, rows, micro_batch):
+    whole, losses = trained(loaded[0], rows, 8)
+    parts, part_losses = trained(loaded[0], rows, micro_batch)
+    assert losses == pytest.approx(part_losses, abs=1e-5)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, atol=1e-5, rtol=0)
+    assert any(weight.abs().max() > 1e-3 for name, weight in whole.items() if "lora_B" in name)
+
+
+def test_loss_is_the_mean_over_all_target_tokens_of_the_step(loaded, rows):
+    """By hand: every row alone through transformers, all token losses pooled, prompt tokens left out."""
+    model = copy.deepcopy(loaded[0])
+    pooled = []
+    for ids, is_target in rows:
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+        losses = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        pooled += [loss.item() for loss, target in zip(losses, is_target[1:], strict=True) if target]
+    lora.inject(model, seed=0)
+    model.eval()
+    optimizer = torch.optim.AdamW(lora.parameters(model), lr=0.0)
+    loss, count = s3ft.optimizer_step(model, optimizer, rows, settings(micro_batch=3))
+    assert count == len(pooled) and loss == pytest.approx(sum(pooled) / len(pooled), abs=1e-5)
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    rates = [s3ft.learning_rate(step, settings()) for step in range(8)]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.05 / 6, 0.04 / 6, 0.03 / 6, 0.02 / 6, 0.01 / 6])
+
+
+def test_every_epoch_sees_every_row_once_in_a_new_order():
+    steps = list(s3ft.step_rows(n=10, batch_size=5, steps=6, seed=1))
+    epochs = [sorted(steps[i] + steps[i + 1]) for i in (0, 2, 4)]
+    assert epochs == [list(range(10))] * 3
+    assert len({tuple(steps[i] + steps[i + 1]) for i in (0, 2, 4)}) == 3
+    assert steps[:3] == list(s3ft.step_rows(10, 5, 3, seed=1)) != list(s3ft.step_rows(10, 5, 3, seed=2))
+
+
+def test_a_batch_larger_than_the_data_goes_round():
+    assert [len(batch) for batch in s3ft.step_rows(n=3, batch_size=8, steps=2, seed=0)] == [8, 8]
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+QUESTIONS = [{"id": f"q{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)]
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    """Arguments of a run on 12 questions; a user's own predictions make the tiny random model right now and then."""
+    file = tmp_path / "rows.jsonl"
+    write_jsonl(file, QUESTIONS)
+    out = tmp_path / "run"
+    files = [f"--{split}-file={file}" for split in ("train", "val", "test")]
+    sizes = ["--judge=numeric", "--limit=12", "--max-new-tokens=6", "--steps=6", "--eval-every=2", "--lr=0.01", "--device=cpu"]
+    return ["--task=custom", f"--model={tiny}", f"--out={out}", *files, *sizes], out
+
+
+def give_answers(out: Path, kind: str, right):
+    out.mkdir(exist_ok=True)
+    answers = [row["answer"] if i in right else "unclear" for i, row in enumerate(QUESTIONS)]
+    rows = [{"id": row["id"], "response": f"It is {answer}."} for row, answer in zip(QUESTIONS, answers, strict=True)]
+    write_jsonl(out / f"{kind}.jsonl", rows)
+
+
+def test_a_run_from_responses_made_elsewhere_uses_all_three_branches(command, capsys):
+    argv, out = command
+    give_answers(out, "predictions", right=range(0, 6))
+    give_answers(out, "paraphrases", right=range(4, 9))
+    before = (out / "predictions.jsonl").read_bytes()
+    s3ft.main([*argv, "--method=s3ft"])
+    rows = read_jsonl(out / "s3ft" / "train.jsonl")
+    assert [row["source"] for row in rows] == ["prediction"] * 6 + ["paraphrase"] * 3 + ["gold"] * 3
+    assert rows[0] == {"id": "q0", "prompt": "What is 0 + 0?", "response": "It is 0.", "source": "prediction"}
+    assert (out / "predictions.jsonl").read_bytes() == before
+    assert "50.0% prediction, 25.0% paraphrase, 25.0% gold" in capsys.readouterr().out
+    assert sorted(p.name for p in (out / "s3ft").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "config.json", "log.jsonl", "train.jsonl", "training.json"]
+
+
+def test_responses_that_are_there_already_are_not_made_again(command, monkeypatch):
+    argv, out = command
+    give_answers(out, "predictions", right=range(12))
+    rows = read_jsonl(out / "predictions.jsonl")
+    write_jsonl(out / "predictions.jsonl", rows[:9])
+    made = []
+    generate = s3ft.respond.__globals__["generate"]
+
+    def counting(model, tokenizer, prompts, *args, **kwargs):
+        made.append(len(prompts))
+        return generate(model, tokenizer, prompts, *args, **kwargs)
+
+    monkeypatch.setitem(s3ft.respond.__globals__, "generate", counting)
+    s3ft.main([*argv, "--method=ssr", "--steps=2"])
+    assert made[0] == 3
+    assert [row["id"] for row in read_jsonl(out / "predictions.jsonl")] == [row["id"] for row in QUESTIONS]
+
+
+def test_a_replaced_response_is_judged_anew(command):
+    argv, out = command
+    give_answers(out, "predictions", right=range(12))
+    s3ft.main([*argv, "--method=ssr", "--name=one", "--steps=2"])
+    give_answers(out, "predictions", right=range(6))
+    s3ft.main([*argv, "--method=ssr", "--name=two", "--steps=2"])
+    sources = [[row["source"] for row in read_jsonl(out / name / "train.jsonl")] for name in ("one", "two")]
+    assert sources == [["prediction"] * 12, ["prediction"] * 6 + ["gold"] * 6]
+
+
+def test_samples_do_not_depend_on_what_was_made_before(loaded, tmp_path):
+    task = replace(CUSTOM_TASK, judge="numeric", max_new_tokens=6)
+    examples = [Example(row["id"], row["question"], row["answer"]) for row in QUESTIONS]
+    whole = s3ft.BaseModel(*loaded, task, tmp_path / "whole").sample(examples, 2)
+    write_jsonl(tmp_path / "part" / "samples.jsonl", read_jsonl(tmp_path / "whole" / "samples.jsonl")[::2])
+    assert s3ft.BaseModel(*loaded, task, tmp_path / "part").sample(examples, 2) == whole
+    assert len({y.text for samples in whole.values() for y in samples}) > 12
+    files = [tmp_path / name / "samples.jsonl" for name in ("whole", "part")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every result of a run. Left out: the clock's readings, and the lock."""
+    skip = {".lock", "training.json"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in skip}
+
+
+def start(argv) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "s3ft.py", *argv], cwd=ROOT, env=env,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_files(command):
+    """SIGKILL at seeded moments of every stage, then SIGTERM and Ctrl-C; the reference run is never disturbed."""
+    argv, out = command
+    argv = [*argv, "--method=s3ft", "--steps=60", "--eval-every=5"]
+    s3ft.main(argv)
+    expected = snapshot(out)
+    moved = out.with_name("reference")
+    out.rename(moved)
+    rng = random.Random(0)
+    signals = itertools.chain([signal.SIGKILL] * 4, [signal.SIGTERM, signal.SIGINT], itertools.repeat(None))
+    for end in signals:
+        process = start(argv)
+        if end is None:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors.decode()
+            break
+        deadline = time.monotonic() + 120
+        while not (out / "config.json").exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 3))
+        process.send_signal(end)
+        process.communicate(timeout=60)
+    assert snapshot(out) == expected
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def refuse(argv, capsys) -> str:
+    with pytest.raises(SystemExit) as end:
+        exit_cleanly(lambda: s3ft.main(argv))
+    errors = capsys.readouterr().err.strip().split("\n")
+    assert end.value.code == 2 and errors[-1].startswith("error: ") and "Traceback" not in "".join(errors)
+    return errors[-1]
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--method=sftt"], "unknown method 'sftt': choose from sft"),
+    (["--method=sft", "--target-modules=attn"], "attn"),
+    (["--method=sft", "--model=/nowhere"], "--model /nowhere: cannot be loaded"),
+    (["--method=sft", "--rank=0"], "rank"),
+    (["--method=sft", "--steps=-1"], "--steps"),
+    (["--method=sft", "--lr=nan"], "--lr"),
+    (["--method=sft", "--limit=0"], "--limit"),
+    (["--method=sft", "--batch-size=0"], "--batch-size"),
+    (["--method=sft", "--train-file=nowhere.jsonl"], "cannot read nowhere.jsonl"),
+    (["--method=sft", "--device=gpu9"], "--device gpu9"),
+])
+def test_bad_flags(command, capsys, flags, message):
+    assert message in refuse([*command[0], *flags], capsys)
+
+
+def test_unknown_task(command, capsys):
+    argv = ["--task=gsm9k", "--method=sft", f"--out={command[1]}"]
+    assert "unknown task 'gsm9k'" in refuse(argv, capsys)
+
+
+def test_custom_without_its_files(command, capsys):
+    assert "--train-file" in refuse(["--task=custom", "--method=sft", f"--out={command[1]}"], capsys)
+
+
+def test_a_prompt_longer_than_the_context(command, capsys, tmp_path):
+    argv, _ = command
+    write_jsonl(tmp_path / "long.jsonl", [{"id": "huge", "question": "x" * 3000, "answer": "1"}])
+    long = [f"--train-file={tmp_path / 'long.jsonl'}"]
+    assert "row huge: its prompt has 30" in refuse([*argv, *long, "--method=s3ft"], capsys)
+    assert "huge: 30" in refuse([*argv, *long, "--method=sft", f"--out={tmp_path / 'other'}"], capsys)
+
+
+def test_an_unwritable_folder(command, capsys, tmp_path):
+    assert "cannot be written" in refuse([*command[0], "--method=sft", f"--out={tmp_path / 'rows.jsonl' / 'run'}"], capsys)
+
+
+def test_other_settings_on_the_same_folder(command, capsys):
+    argv, out = command
+    s3ft.main([*argv, "--method=sft", "--steps=2"])
+    assert "was begun with --steps 2, not 3" in refuse([*argv, "--method=sft", "--steps=3"], capsys)
+    assert "was begun with --limit 12, not 6" in refuse([*argv, "--method=s3ft", "--limit=6"], capsys)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('{"id": "q0"}\n', "predictions.jsonl, row 1: needs the text fields 'id' and 'response'"),
+    ('{"id": "q0", "response": "1"}\n{"id": "q0", "response": "2"}\n', "the id 'q0' comes twice"),
+    ('{"id": "q0", "response": "1"\n{"id": "q1", "response": "2"}\n', "line 1: not valid JSON"),
+])
+def test_bad_predictions_from_elsewhere(command, capsys, content, message):
+    argv, out = command
+    out.mkdir()
+    (out / "predictions.jsonl").write_text(content)
+    assert message in refuse([*argv, "--method=ssr"], capsys)
+
+
+def test_rft_without_an_accepted_sample_says_so(command, capsys):
+    assert "nothing was accepted" in refuse([*command[0], "--method=rft"], capsys)
+
+
+def test_the_order_of_imports_is_downward():
+    """Each module imports only modules above it in this list."""
+    order = ["files", "data", "generate", "sandbox", "judges", "lora", "model", "benchmarks", "report", "evaluate", "s3ft"]
+    import ast
+    for i, name in enumerate(order):
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            assert not set(names) & set(order[i:]), f"{name} imports {names}"
