@@ -72,9 +72,13 @@ def respond(model, tokenizer, task: Task, prompts: dict[str, str], path: Path, s
         for row in answers(model, tokenizer, task, todo, f"{path.parent.name}/{path.stem}", sampling):
             append_jsonl(path, row)
             rows[row["id"]] = row
-        order = [*prompts, *(name for name in rows if name not in prompts)]
-        write_jsonl(path, [rows[name] for name in order])  # the same bytes, however often the run was broken off
+        write_jsonl(path, in_order(rows, prompts))  # the same bytes, however often the run was broken off
     return {name: rows[name] for name in prompts}
+
+
+def in_order(rows: dict[str, dict], first) -> list[dict]:
+    """Rows by id: those of `first` in its order, then the others, which this call was not asked about."""
+    return [rows[name] for name in (*first, *(name for name in rows if name not in first))]
 
 
 def read_responses(path: Path) -> list[dict]:
@@ -94,14 +98,14 @@ def judged(model, tokenizer, task: Task, rows: list[tuple[Example, str]], path: 
     Kept in `path` with a digest of the response, so that a response that was replaced is judged anew.
     """
     digests = {x.id: hashlib.sha256(response.encode("utf-8", "surrogatepass")).hexdigest()[:16] for x, response in rows}
-    known = {row["id"]: row for row in resume_jsonl(path) if row.get("digest") == digests.get(row["id"])}
+    known = {row["id"]: row for row in resume_jsonl(path) if row["digest"] == digests.get(row["id"], row["digest"])}
     todo = [(x, response) for x, response in rows if x.id not in known]
     if todo:
         bar = tqdm(todo, desc=f"{path.parent.name}/{path.stem}", unit="row")
         for (x, _), accepted in zip(bar, judges.judge_all(task.judge, todo, asker(model, tokenizer)), strict=True):
             known[x.id] = {"id": x.id, "accepted": accepted, "digest": digests[x.id]}
             append_jsonl(path, known[x.id])
-        write_jsonl(path, [known[x.id] for x, _ in rows])
+        write_jsonl(path, in_order(known, digests))
     return {x.id: known[x.id]["accepted"] for x, _ in rows}
 
 
@@ -212,10 +216,17 @@ def evaluate_run(run: Path, data: str, device: str | None) -> dict:
         results["log_probabilities"] = log_probabilities(model, tokenizer, task, train, run)
     for name in ["base", *trained_methods(run)]:
         if name != "base":
-            lora.load(model, run / name)
+            load_adapter(model, run / name)
         results["models"][name] = evaluate_model(model, tokenizer, task, test, run, name)
     compare(results["models"], run, test)
     return results
+
+
+def load_adapter(model, folder: Path) -> None:
+    try:
+        lora.load(model, folder)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def evaluate_model(model, tokenizer, task: Task, test: list[Example], run: Path, name: str) -> dict:

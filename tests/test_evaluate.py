@@ -1,0 +1,161 @@
+"""Statistics against hand calculations and published values; drift and Fig. 2 against plain transformers calls."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import evaluate
+import lora
+import s3ft
+from data import Task, training_ids
+from evaluate import kl_drift, mcnemar, wilson
+from files import InputError, exit_cleanly, read_jsonl, write_jsonl
+from model import load_model
+
+
+@pytest.mark.parametrize(("successes", "n", "expected"), [
+    (0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (81, 263, (0.2553, 0.3662))])  # the last: Newcombe (1998), Table I
+def test_wilson_interval(successes, n, expected):
+    assert wilson(successes, n) == pytest.approx(expected, abs=1e-4)
+
+
+def test_mcnemar_by_hand():
+    """8 rows only a solves, 2 only b: p = 2 * (C(10,0) + C(10,1) + C(10,2)) / 2^10 = 112 / 1024."""
+    a, b = [True] * 8 + [False] * 2 + [True] * 10, [False] * 8 + [True] * 2 + [True] * 10
+    result = mcnemar(a, b)
+    assert result["p"] == pytest.approx(112 / 1024) and result["difference"] == pytest.approx(0.3)
+    half = 1.959964 * math.sqrt(10 - 36 / 20) / 20
+    assert result["interval"] == pytest.approx([0.3 - half, 0.3 + half], abs=1e-6)
+
+
+def test_mcnemar_of_equal_models_is_no_difference():
+    assert mcnemar([True, False], [True, False]) == {"difference": 0, "interval": [0, 0], "p": 1.0}
+
+
+def test_mcnemar_agrees_with_the_binomial_test_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    a, b = [True] * 7 + [False] * 4, [False] * 7 + [True] * 4
+    assert mcnemar(a, b)["p"] == pytest.approx(stats.binomtest(4, 11).pvalue)
+
+
+@pytest.fixture
+def tuned(tiny):
+    model, tokenizer = load_model(str(tiny), "cpu")
+    lora.inject(model, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for layer in lora.layers(model).values():
+        layer.lora_B.data.normal_(0, 0.3, generator=generator)
+    return model.eval(), tokenizer
+
+
+def test_drift_is_the_mean_kl_per_response_token(tuned, tiny):
+    """Row by row with an untouched copy of the base model, KL written out as a sum over the vocabulary."""
+    model, tokenizer = tuned
+    base, _ = load_model(str(tiny), "cpu")
+    dialogues = [("hello", "a reply"), ("what is 2?", "four"), ("x" * 50, "")]
+    terms = []
+    for dialogue in dialogues:
+        ids, is_target = training_ids(tokenizer, *dialogue)
+        with torch.no_grad():
+            p, q = (m(torch.tensor([ids])).logits[0].double().softmax(-1) for m in (base, model))
+        terms += [(p[i - 1] * (p[i - 1] / q[i - 1]).log()).sum().item() for i, target in enumerate(is_target) if target]
+    assert kl_drift(model, tokenizer, dialogues) == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+    assert sum(terms) / len(terms) > 0.01
+
+
+def test_drift_of_an_untrained_adapter_is_zero(tiny):
+    model, tokenizer = load_model(str(tiny), "cpu")
+    lora.inject(model, seed=0)
+    assert kl_drift(model, tokenizer, [("hello", "a reply")]) == 0
+
+
+def test_the_llm_judge_asks_the_base_model_inside_a_trained_one(tuned, tiny):
+    model, tokenizer = tuned
+    base, _ = load_model(str(tiny), "cpu")
+    prompts = ["Decision?", "Is 2 + 2 = 4?"]
+    assert evaluate.asker(model, tokenizer)(prompts) == evaluate.asker(base, tokenizer)(prompts)
+    assert all(layer.enabled for layer in lora.layers(model).values())
+
+
+def test_unreadable_verdicts_are_kept_apart_from_false_ones(loaded_run):
+    """The tiny model answers the LLM judge with noise: None in the file, not accepted in the count."""
+    run, task, test, model, tokenizer = loaded_run
+    pairs = [(x, "4") for x in test]
+    found = evaluate.judged(model, tokenizer, task, pairs, run / "noise.judged.jsonl")
+    assert set(found.values()) == {None}
+    assert [row["accepted"] for row in read_jsonl(run / "noise.judged.jsonl")] == [None] * len(test)
+
+
+ROWS = [{"id": f"q{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+
+
+@pytest.fixture
+def loaded_run(tiny, tmp_path):
+    from data import Example
+    model, tokenizer = load_model(str(tiny), "cpu")
+    task = Task(load=None, judge="llm", predict="{{question}}", train="{{question}}", paraphrase="", max_new_tokens=4)
+    return tmp_path, task, [Example(row["id"], row["question"], row["answer"]) for row in ROWS], model, tokenizer
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A finished run of sft and sdft with responses made elsewhere, so that some are accepted."""
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    out = tmp_path / "run"
+    for kind in ("predictions", "paraphrases"):
+        right = 6 if kind == "predictions" else 4
+        rows = [{"id": row["id"], "response": row["answer"] if i < right else "no"} for i, row in enumerate(ROWS)]
+        write_jsonl(out / f"{kind}.jsonl", rows)
+    files = [f"--{split}-file={tmp_path / 'rows.jsonl'}" for split in ("train", "val", "test")]
+    for method in ("s3ft", "sft", "sdft"):
+        s3ft.main(["--task=custom", "--judge=numeric", f"--method={method}", f"--model={tiny}", f"--out={out}", *files,
+                   "--steps=2", "--max-new-tokens=4", "--device=cpu", "--lr=0.01"])
+    return out
+
+
+def test_a_report_holds_every_table(run, capsys):
+    write_jsonl(run / "sft" / "test.jsonl", [{"id": row["id"], "response": row["answer"]} for row in ROWS])
+    evaluate.main([f"--out={run}", "--device=cpu"])
+    results = json.loads((run / "results.json").read_text())
+    models = results["models"]
+    assert list(models) == ["base", "sft", "s3ft", "sdft"]
+    assert models["sft"]["accuracy"] == 1.0 and models["sft"]["interval"][1] == 1.0
+    assert models["s3ft"]["training"]["sources"] == {"prediction": 6, "paraphrase": 0, "gold": 2}
+    assert models["s3ft"]["against_sft"]["difference"] < 0 and models["s3ft"]["drift"]["general"] > 0
+    assert results["log_probabilities"]["rows"] == "both accepted"
+    assert [len(results["log_probabilities"][kind]) for kind in ("predictions", "paraphrases", "golds")] == [4, 4, 4]
+    report = (run / "report.md").read_text()
+    assert "| sft | 100.0 | 67.6 to 100.0 |" in report and "| s3ft | 8 | 75.0 | 0.0 | 25.0 |" in report
+    assert report == capsys.readouterr().out.rstrip("\n") + "\n"
+
+
+def test_evaluating_twice_makes_nothing_again(run):
+    evaluate.main([f"--out={run}", "--device=cpu"])
+    before = {path: path.read_bytes() for path in run.rglob("*.jsonl")}
+    (run / "results.json").unlink()
+    evaluate.main([f"--out={run}", "--device=cpu"])
+    assert before == {path: path.read_bytes() for path in run.rglob("*.jsonl")}
+    assert (run / "results.json").exists()
+
+
+@pytest.mark.parametrize(("prepare", "message"), [
+    (lambda run: (run / "config.json").unlink(), "no config.json there"),
+    (lambda run: (run / "sft" / "adapter_config.json").unlink(), "adapter_config.json"),
+    (lambda run: (run / "sft" / "adapter_model.safetensors").write_bytes(b"torn"), "sft: broken adapter file"),
+])
+def test_a_damaged_run_is_refused_in_one_line(run, prepare, message, capsys):
+    prepare(run)
+    with pytest.raises(SystemExit) as end:
+        exit_cleanly(lambda: evaluate.main([f"--out={run}", "--device=cpu"]))
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert end.value.code == 2 and error.startswith("error: ") and message in error
+
+
+def test_an_adapter_of_another_model_is_refused(run, tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+    other = AutoModelForCausalLM.from_pretrained(tiny)
+    smaller = other.config.__class__(**{**other.config.to_dict(), "hidden_size": 16, "head_dim": 4})
+    with pytest.raises(InputError, match="sft"):
+        evaluate.load_adapter(AutoModelForCausalLM.from_config(smaller), run / "sft")
