@@ -39,7 +39,7 @@ $(SMOL)/config.json: | $(VENV)/ready
 
 demo: $(VENV)/ready $(SMOL)/config.json
 	for method in sft s3ft; do \
-		$(PY) s3ft.py --task reading --method $$method --model $(SMOL) --out runs/demo || exit; done
+		$(PY) s3ft.py --task reading --method $$method --model $(SMOL) --out runs/demo --limit 96 || exit; done
 	$(PY) evaluate.py --out runs/demo
 
 test: $(VENV)/ready-dev $(SMOL)/config.json

@@ -17,26 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from files import InputError, download, read_json, read_jsonl
+from files import InputError, download, read_jsonl
+from reading import (load_multidoc2dial, load_musique, load_nq, load_reading, load_squad, load_squad1, pair_unanswerable,
+                     read_reading_json, read_squad)
+from records import ABSTAIN, EXAMPLES, SPLIT_SEED, Example, Splits
 
-EXAMPLES = Path(__file__).parent / "examples"
-SPLIT_SEED = 0  # splits never depend on --seed: seeds of a study share their test rows
-ABSTAIN = "unanswerable"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row (x, y) of D. `answer` is the gold as the data has it, which is what the judge compares with."""
-
-    id: str
-    question: str
-    answer: str
-    context: str = ""
-    tests: tuple[str, ...] = ()
-    setup: str = ""  # code to run after the program and before its tests (MBPP 367 and 927 need it)
-    unanswerable: bool = False
-    aliases: tuple[str, ...] = ()  # further golds that are right too
-
+__all__ = ["EXAMPLES", "pair_unanswerable", "read_squad"]  # passed on, from the modules below
 
 # ------------------------------------------------------------------------------------------------ prompts, Figs. 3 to 7
 
@@ -144,8 +130,6 @@ def end_of_turn(tokenizer) -> int:
 
 # ------------------------------------------------------------------------------------------------ data sets
 
-Splits = tuple[list[Example], list[Example], list[Example]]  # train, validation, test
-
 GSM8K_HOME = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 GSM8K_FILES = {
     "train": ("17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", 7473),
@@ -153,7 +137,6 @@ GSM8K_FILES = {
 }
 MBPP_HOME = "https://raw.githubusercontent.com/google-research/google-research/master/mbpp/mbpp.jsonl"
 MBPP_SHA256 = "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f"
-NQ_HOME = "https://github.com/lovodkin93/unanswerability (a zip on a file-sharing page: unpack its raw_data/NQ)"
 
 
 def load_gsm8k(folder: Path) -> Splits:
@@ -192,75 +175,11 @@ def read_counted(path: Path, count: int, fields: tuple[str, ...]) -> list[dict]:
     return rows
 
 
-def load_nq(folder: Path) -> Splits:
-    """Natural Questions with unanswerable rows (Slobodkin et al., 2023), from nq/train.json, nq/dev.json and nq/test.json."""
-    return tuple(_nq_split(folder / "nq" / f"{name}.json") for name in ("train", "dev", "test"))
-
-
-def _nq_split(path: Path) -> list[Example]:
-    if not path.exists():
-        raise InputError(f"{path} is missing and has no plain download: get it from {NQ_HOME} and put it at {path}")
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a JSON list of rows")
-    return [_nq_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
-
-
-def _nq_example(row: dict, where: str) -> Example:
-    for field in ("id", "context", "question", "answerable"):
-        if field not in row:
-            raise InputError(f"{where}: the field {field!r} is missing")
-    base = Example(str(row["id"]), row["question"], ABSTAIN, row["context"], unanswerable=True)
-    if row["answerable"] == "no":
-        return base
-    found = row.get("answer") or row.get("answers")
-    golds = [found] if isinstance(found, str) else found
-    if not golds or not all(isinstance(gold, str) for gold in golds):
-        raise InputError(f"{where}: answerable, but it has no 'answer' (older archives of this data lack them)")
-    return replace(base, answer=golds[0], aliases=tuple(golds[1:]), unanswerable=False)
-
-
-def load_reading(folder: Path) -> Splits:
-    """The embedded set: 60 short passages written for this project, apart by passage, a quarter unanswerable."""
-    articles = read_squad(EXAMPLES / "reading.json")
-    cut = [articles[:36], articles[36:42], articles[42:]]
-    return tuple(pair_unanswerable(part) for part in cut)
-
-
-def read_squad(path: Path) -> list[list[Example]]:
-    """SQuAD v1.1 / v2.0 JSON -> one list of examples an article. Further answers are aliases; v2's impossible rows abstain."""
-    try:
-        return [[_squad_example(paragraph["context"], qa) for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
-                for article in read_json(path)["data"]]
-    except (KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{path}: not SQuAD-format JSON (data > paragraphs > context, qas; {error!r})") from None
-
-
-def _squad_example(context: str, qa: dict) -> Example:
-    if qa.get("is_impossible"):
-        return Example(qa["id"], qa["question"], ABSTAIN, context, unanswerable=True)
-    golds = list(dict.fromkeys(answer["text"] for answer in qa["answers"]))
-    return Example(qa["id"], qa["question"], golds[0], context, aliases=tuple(golds[1:]))
-
-
-def pair_unanswerable(articles: list[list[Example]]) -> list[Example]:
-    """Make every fourth question unanswerable by showing it beside a context of another article."""
-    rng = random.Random(SPLIT_SEED)
-    rows = []
-    for article in articles:
-        others = [row.context for other in articles if other is not article for row in other]
-        for row in article:
-            if len(rows) % 4 == 3 and others:
-                row = replace(row, context=rng.choice(others), answer=ABSTAIN, aliases=(), unanswerable=True)
-            rows.append(row)
-    return rows
-
-
 def load_custom(path: Path | str, judge: str) -> list[Example]:
-    """A person's own file: JSONL rows with question and answer (and context, tests, setup, id), or SQuAD-format JSON."""
+    """A person's own file: JSONL rows with question and answer (and context, tests, setup, id), or .json as SQuAD has it."""
     path = Path(path)
     if path.suffix == ".json":
-        return [row for article in read_squad(path) for row in article]
+        return read_reading_json(path)
     needed = ("question", "tests") if judge == "code" else ("question",)
     return [_custom_example(row, f"{path}, row {i}", str(i)) for i, row in enumerate(read_jsonl(path, needed), 1)]
 
@@ -317,7 +236,11 @@ TASKS = {
     "mbpp": Task(load_mbpp, "code", MBPP_PREDICT, MBPP_PREDICT, MBPP_PARAPHRASE, mbpp_gold, stop="[[DONE]]",
                  steps=1000, eval_every=100),
     "nq": replace(READING_TASK, load=load_nq, judge="llm"),
-    "reading": replace(READING_TASK, steps=60, eval_every=20),
+    "squad": replace(READING_TASK, load=load_squad),
+    "squad1": replace(READING_TASK, load=load_squad1),
+    "musique": replace(READING_TASK, load=load_musique),
+    "multidoc2dial": replace(READING_TASK, load=load_multidoc2dial, judge="llm", max_new_tokens=128),
+    "reading": replace(READING_TASK, steps=16, eval_every=8),
 }
 
 

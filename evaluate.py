@@ -10,7 +10,7 @@ Decided here, the paper being silent:
 1. Prompt at test time: the base model gets the predict prompt (it is "prompted"), a trained model its train prompt.
 2. Accuracy comes with Wilson's 95 % interval, a difference to SFT with McNemar's exact test over the same test rows.
 3. Drift is the mean of KL(base || tuned) over every token of the base model's own greedy responses, to general prompts
-   (examples/general.jsonl) and to the task's test prompts. It needs no benchmark, and tracks forgetting (arXiv 2509.04259).
+   (examples/general.jsonl) and to the first 48 test prompts. It needs no benchmark, and tracks forgetting (arXiv 2509.04259).
 """
 
 import argparse
@@ -246,7 +246,7 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], run: Path,
         return result
     trained = read_json(run / name / "training.json")
     dialogues = {"general": base_dialogues(run / "base" / "general.jsonl", general),
-                 "task": base_dialogues(run / "base" / "test.jsonl", {x.id: prompt(task.predict, x) for x in test})}
+                 "task": base_dialogues(run / "base" / "test.jsonl", {x.id: prompt(task.predict, x) for x in test[:48]})}
     drift = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
     return result | {"drift": drift, "training": trained}
 

@@ -32,6 +32,7 @@ from evaluate import judged, respond, task_of, validate
 from files import (InputError, append_jsonl, exit_cleanly, locked, read_json, read_jsonl, resume_jsonl, write_bytes,
                    write_json, write_jsonl)
 from generate import Sampling
+from judges import JUDGES
 from model import best_device, load_model, log_probs, peak_memory_gib, target_logits
 
 # ------------------------------------------------------------------------------------------------ the methods
@@ -169,8 +170,8 @@ def learning_rate(step: int, args) -> float:
     return args.lr * min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
 
 
-def optimizer_step(model, optimizer, rows, args) -> tuple[float, int]:
-    """One step over a batch in micro-batches -> (mean loss, target tokens).
+def backward(model, rows, args) -> tuple[float, int]:
+    """Gradients of the mean loss over a batch, summed up in micro-batches -> (mean loss, target tokens).
 
     The loss is divided by the target tokens of the whole step. Averaging the micro-batches' own means would weigh a token
     by the length of its neighbours, and make the result depend on how the batch was cut.
@@ -182,10 +183,24 @@ def optimizer_step(model, optimizer, rows, args) -> tuple[float, int]:
             loss = loss_sum(model, rows[start : start + args.micro_batch]) / targets
         loss.backward()
         total += loss.item()
+    return total, targets
+
+
+def optimizer_step(model, optimizer, rows, args) -> tuple[float, int]:
+    """One step over a batch -> (mean loss, target tokens). Out of memory: again, in micro-batches half as large."""
+    try:
+        loss, targets = backward(model, rows, args)
+    except torch.OutOfMemoryError:
+        if args.micro_batch == 1:
+            raise InputError("out of memory with one row at a time: try --gradient-checkpointing") from None
+        args.micro_batch = (args.micro_batch + 1) // 2
+        tqdm.write(f"out of memory: going on with --micro-batch {args.micro_batch}")
+        optimizer.zero_grad(set_to_none=True)
+        return optimizer_step(model, optimizer, rows, args)
     torch.nn.utils.clip_grad_norm_(lora.parameters(model), args.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total, targets
+    return loss, targets
 
 
 def train(model, tokenizer, task: Task, rows: list, validation: list[Example], folder: Path, args) -> dict:
@@ -270,6 +285,21 @@ def encode_rows(model, tokenizer, rows: list[dict], path: Path) -> list:
     return encoded
 
 
+def announce_cpu(model, tokenizer, task: Task, D: list[Example], args) -> None:
+    """Without a GPU, say what a run will cost: 2 FLOPs a weight and token forward, 4 in a LoRA step, over a timed product."""
+    some = D[:100]
+    row = sum(len(training_ids(tokenizer, prompt(task.predict, x), task.gold(x))[0]) for x in some) / len(some)
+    weights = sum(p.numel() for p in model.parameters())
+    a = torch.randn(512, 2048)
+    start = time.perf_counter()
+    for _ in range(8):
+        a @ a.T @ a
+    speed = 8 * 4 * 512 * 512 * 2048 / (time.perf_counter() - start)  # FLOP/s
+    answers = len(D) * (0 if args.method == "sft" else 2)  # a prediction and a paraphrase, at most
+    hours = weights * row * (2 * answers + 4 * args.steps * args.batch_size) / speed / 3600
+    print(f"no GPU: on this CPU ({speed / 1e9:.0f} GFLOP/s) {args.method} will take {hours:.1f} hours or more", flush=True)
+
+
 def inject(model, args) -> None:
     try:
         lora.inject(model, args.rank, args.alpha, args.dropout, args.target_modules, seed=args.seed)
@@ -289,6 +319,8 @@ def run(args) -> None:
         return
     task, (D, validation, _) = task_of(shared, args.data)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
+    if model.device.type == "cpu":
+        announce_cpu(model, tokenizer, task, D, args)
     inject(model, args)  # before hours of generation: a wrong --target-modules must not come to light after them
     with lora.disabled(model):
         rows = build(args.method, D, BaseModel(model, tokenizer, task, args.out), folder / "train.jsonl")
@@ -359,7 +391,7 @@ def parse(argv=None):
     custom = parser.add_argument_group("your own task", "JSONL rows: question, answer (context, tests, id); or SQuAD JSON")
     for split in ("train", "val", "test"):
         custom.add_argument(f"--{split}-file", metavar="F")
-    custom.add_argument("--judge", choices=("numeric", "code", "recall", "llm"), help="what = means (default: the task's)")
+    custom.add_argument("--judge", choices=[*JUDGES, "llm"], help="what = means (default: the task's)")
     generation = parser.add_argument_group("generation (greedy, A.3)")
     generation.add_argument("--max-new-tokens", type=count, help="length limit of a response (default: the task's)")
     generation.add_argument("--sandbox", choices=("best", "strict"), default="best",
