@@ -2,6 +2,7 @@
 
     python evaluate.py --out RUN                                     the run's report: Tables 2 and 3, Fig. 2, drift
     python evaluate.py --out RUN --benchmarks mmlu,hellaswag         and Table 4: what fine-tuning made the model forget
+    python evaluate.py --out F --model M --benchmarks mmlu           a model on its own
 
 Reads the folder that s3ft.py wrote and adds, for the base model and every trained one, test.jsonl (the answers) and
 test.judged.jsonl (the verdicts); then results.json, report.md and figures/. Everything is resumed, nothing is made twice.
@@ -17,6 +18,7 @@ import argparse
 import hashlib
 import math
 import random
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +29,16 @@ import transformers
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import benchmarks
 import judges
 import lora
+import sandbox
 from data import EXAMPLES, Example, Task, chat_ids, load_task, prompt, training_ids
-from files import (InputError, append_jsonl, exit_cleanly, locked, read_json, read_jsonl, resume_jsonl, write_json,
-                   write_jsonl)
+from files import (InputError, append_jsonl, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
+                   write_json, write_jsonl)
 from generate import generate
 from model import load_model, log_probs, packs, target_logits
-from report import write_report
+from report import write_benchmark_report, write_report
 
 # ------------------------------------------------------------------------------------------------ answers and verdicts
 
@@ -119,6 +123,18 @@ def asker(model, tokenizer):
         return [replies[i].text for i in range(len(prompts))]
 
     return ask
+
+
+def announce_sandbox(task: Task, mode: str) -> None:
+    """Where programs will be run: say which layers of isolation are in force. "strict" refuses to go below all of them."""
+    if task.judge != "code":
+        return
+    print(sandbox.describe(), file=sys.stderr, flush=True)
+    if mode == "strict":
+        try:
+            sandbox.require_all()
+        except RuntimeError as error:
+            raise InputError(str(error)) from None
 
 
 def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
@@ -206,11 +222,12 @@ def trained_methods(run: Path) -> list[str]:
     return sorted(found, key=lambda name: (name != "sft", name))
 
 
-def evaluate_run(run: Path, data: str, device: str | None) -> dict:
+def evaluate_run(run: Path, args) -> dict:
     """Everything about the run's models that report.md shows, as one dictionary (results.json)."""
     config = read_config(run)
-    model, tokenizer = load_model(config["model"], device, config["dtype"])
-    task, (train, _, test) = task_of(config, data)
+    task, (train, _, test) = task_of(config, args.data)
+    announce_sandbox(task, args.sandbox)
+    model, tokenizer = load_model(config["model"], args.device, config["dtype"])
     results = {"config": config, "machine": machine(model), "log_probabilities": None, "models": {}}
     if (run / "predictions.jsonl").exists():
         results["log_probabilities"] = log_probabilities(model, tokenizer, task, train, run)
@@ -218,6 +235,10 @@ def evaluate_run(run: Path, data: str, device: str | None) -> dict:
         if name != "base":
             load_adapter(model, run / name)
         results["models"][name] = evaluate_model(model, tokenizer, task, test, run, name)
+        if config["task"] == "gsm8k":
+            results["models"][name]["harness"] = harness_accuracy(run / name / "test.jsonl", test)
+        if args.benchmarks:
+            results["models"][name]["benchmarks"] = benchmark_run(model, tokenizer, run, name, args)
     compare(results["models"], run, test)
     return results
 
@@ -254,6 +275,14 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], run: Path,
 GENERAL = Task(load=None, judge="", predict="", train="", paraphrase="", max_new_tokens=64)
 
 
+def harness_accuracy(path: Path, test: list[Example]) -> dict:
+    """GSM8K as lm-evaluation-harness reads it, to be set beside published numbers; the paper's rule is `numeric`."""
+    responses = {row["id"]: row["response"] for row in read_responses(path)}
+    filters = {"strict": benchmarks.gsm8k_strict, "flexible": benchmarks.gsm8k_flexible}
+    return {name: sum(benchmarks.gsm8k_match(read(responses[x.id]), x.answer) for x in test) / len(test)
+            for name, read in filters.items()}
+
+
 def base_dialogues(path: Path, prompts: dict[str, str]) -> list[tuple[str, str]]:
     return [(prompts[row["id"]], row["response"]) for row in read_jsonl(path) if row["id"] in prompts]
 
@@ -288,22 +317,68 @@ def machine(model) -> dict:
             "date": time.strftime("%Y-%m-%d")}
 
 
+# ------------------------------------------------------------------------------------------------ general benchmarks
+
+
+def score_benchmarks(model, tokenizer, folder: Path, args) -> dict:
+    """Scores on args.benchmarks (Table 4); each document's are kept in `folder`/samples.jsonl."""
+    return benchmarks.score(model, tokenizer, args.benchmarks, args.data, folder, args.limit, args.num_fewshot,
+                            args.apply_chat_template, args.add_bos)
+
+
+def benchmark_run(model, tokenizer, run: Path, name: str, args) -> dict:
+    """One model of a run: its scores, and for a trained one the drop against the base model on the same documents."""
+    found = {"scores": score_benchmarks(model, tokenizer, run / name / "benchmarks", args)}
+    if name != "base":
+        both = [[row for row in read_jsonl(run / who / "benchmarks" / "samples.jsonl") if row["benchmark"] in args.benchmarks]
+                for who in ("base", name)]
+        found["drop"] = benchmarks.paired_drop(*both)
+    return found
+
+
+def benchmark_model(args) -> None:
+    """A model on its own, with or without an adapter: `--model M --benchmarks LIST --out F`."""
+    model, tokenizer = load_model(args.model, args.device)
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    scores = score_benchmarks(model, tokenizer, args.out, args)
+    write_json(args.out / "results.json", {"model": args.model, "adapter": args.adapter and str(args.adapter),
+                                           "machine": machine(model), "benchmarks": scores})
+    print(write_benchmark_report(args.model, scores, args.out))
+
+
 # ------------------------------------------------------------------------------------------------ the command line
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate a run folder: base model and every trained one.", allow_abbrev=False)
+    parser.error = fail
     parser.add_argument("--out", required=True, type=Path, help="the run folder that s3ft.py wrote")
     parser.add_argument("--data", default="data", help="where the data sets are (%(default)s)")
+    general = parser.add_argument_group("general benchmarks (Table 4), scored as lm-evaluation-harness scores them")
+    general.add_argument("--benchmarks", type=lambda text: text.split(","), metavar="LIST",
+                         help=f"of {','.join(benchmarks.BENCHMARKS)}")
+    general.add_argument("--model", help="score this model instead of a run's; --out is then a folder of its own")
+    general.add_argument("--adapter", type=Path, metavar="FOLDER", help="with --model: an adapter in PEFT's format")
+    general.add_argument("--limit", type=count, help="only the first N documents (of MMLU: of each subject)")
+    general.add_argument("--num-fewshot", type=int, default=0, metavar="K", help="solved MMLU questions shown (%(default)s)")
+    general.add_argument("--apply-chat-template", action="store_true", help="ask in the model's chat template")
+    general.add_argument("--add-bos", action="store_true", help="put one BOS token in front")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--sandbox", choices=("best", "strict"), default="best", help="code judge: see s3ft.py (%(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> None:
     args = parse(argv)
+    if args.model:
+        if not args.benchmarks:
+            raise InputError("--model goes with --benchmarks; the models of a run come from its folder")
+        with locked(args.out):
+            return benchmark_model(args)
     read_config(args.out)
     with locked(args.out):
-        results = evaluate_run(args.out, args.data, args.device)
+        results = evaluate_run(args.out, args)
         write_json(args.out / "results.json", results)
         print(write_report(results, args.out))
 

@@ -5,6 +5,7 @@ folder (the second is refused), text that UTF-8 cannot hold. Not covered: a mach
 synced one by one; files written whole are).
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -144,6 +145,29 @@ def locked(folder: Path):
         except OSError:
             raise InputError(f"--out {folder}: another run is using it; wait for it or take another folder") from None
         yield
+
+
+def count(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def fail(message: str):
+    """In place of ArgumentParser.error: one line, without the usage."""
+    raise InputError(message)
 
 
 def exit_cleanly(main) -> None:

@@ -1,34 +1,35 @@
-r"""Judges: is a response equivalent to the gold? They are the meaning of `=` in lines 5 and 9 of Algorithm 1 (paper, A.3 and A.5).
+r"""Judges: is a response equivalent to the gold? They are `=` in lines 5 and 9 of Algorithm 1 (paper, A.3 and A.5).
 
-numeric, for GSM8K: the last number of the response equals, by value, the last number of the gold (A.3). What counts as a number:
+numeric, for GSM8K: the last number of the response equals the last number of the gold (A.3). What counts as a number:
 
-    written                                   read as       because
-    18   +18   18.   18!   **18**   _18_      18            marks around digits are not part of a number
-    18.00   018                               18            compared by value, exactly, however long
-    1,234   1,234,567.5   1{,}234   1\,234    1234, ...     , {,} \, ' and thin or no-break blanks part groups of exactly three digits
-    1,23   3, 4   1,2345                      23, 4, 2345   any other comma ends a number
-    .5   0.5                                  0.5           but ...5 is 5, and the last number of 1.2.3 is 3
-    $18   £18   18 %   18kg   18 km/h         18            currency, percent and units are not read
-    \boxed{18}   \$18   \(18\)   #### 18      18            nor is markup
-    m^2   m^{2}   cm²                         nothing       an exponent is not a number of its own
-    -18   −18   –18   -$18   (-18)   $-18     -18           a minus touches its number (or the number's currency) from the left,
-    5-18   day-18   ) -18                     18, 18, -18   and nothing that it could subtract from touches it
-    - 18   10 - 18                            18            so a bullet or a subtraction is no sign
-    1.8e1   1E3                               18, 1000      scientific notation, an exponent of up to three digits
-    ３   १८                                   3, 18         the decimal digits of any script
-    3/4   3:45   7-9   2x4                    4, 45, 9, 4   fractions, times, ranges: the last number alone
-    ½   ²   eighteen   ∞   nan                nothing       not written in digits
+    written                                   read as         because
+    18   +18   18.   18!   **18**   _18_      18              marks around digits are not part of a number
+    18.00   018                               18              it is compared by value, exactly, however long
+    1,234   1,234,567.5                       1234, 1234567.5 groups of exactly three digits
+    1{,}234   1\,234   1'234   1_234   1 234  1234            so written too (the last with a thin or no-break blank)
+    1,23   3, 4   1,2345                      23, 4, 2345     any other comma ends a number
+    .5   0.5                                  0.5             but ...5 is 5, and 1.2.3 ends in 3
+    $18   £18   18 %   18kg   18 km/h         18              currency, percent and units are not read
+    \boxed{18}   \$18   \(18\)   #### 18      18              nor is markup
+    m^2   m^{2}   cm²                         nothing         an exponent is no number of its own
+    -18   −18   –18   -$18   (-18)   $-18     -18             a minus touches its number, or the number's currency,
+    5-18   day-18   ) -18                     18, 18, -18     and nothing that it could subtract from touches it;
+    - 18   10 - 18                            18              a bullet or a subtraction is no sign
+    1.8e1   1E3                               18, 1000        an exponent of up to three digits
+    ３   १८                                    3, 18           the decimal digits of any script
+    3/4   3:45   7-9   2x4   m2               4, 45, 9, 4, 2  no fractions, times, ranges: the last number alone
+    ½   ²   eighteen   ∞   nan                nothing         not written in digits
 
     Two answers without a number are not equal.
 
-code, for MBPP: the program in the response passes every test of its row, run by sandbox.py (which says what that protects from).
-llm, for NQ: the prompt of Fig. 8; True or False is read from the reply, and anything else is "not accepted" and counted.
-recall, for short golds: every word of the gold stands in the response, or it abstains where the question has no answer (ours).
+code, for MBPP: the program in the response passes every test of its row; sandbox.py runs it and says what that covers.
+llm, for NQ: the prompt of Fig. 8; True or False is read off the reply, anything else is not accepted, and counted.
+recall, for short golds: every word of the gold is in the response, or it abstains where there is no answer (ours).
 
 Deviations from the published definitions:
 1. Abstention: the phrases that Slobodkin et al. (2023) count, but as whole words ("n/a" is not found in "corn/apples").
-2. Token recall is SQuAD's normalisation (v1.1 script) and a multiset overlap. A gold of which that leaves nothing ("A", "the")
-   is not recalled by every response: it must be the whole response.
+2. Token recall: SQuAD's normalisation (v1.1 script), multiset overlap. A gold of which that leaves nothing ("A", "the")
+   would be recalled by every response: there, the whole response must be the gold.
 
 A new judge is one function (example, response) -> bool and one entry of JUDGES.
 """
@@ -49,10 +50,10 @@ from data import Example, fill
 
 NUMBER = re.compile(
     r"""
-    \^ \s* \{? \s* [-−]? [\d.]+                                    # an exponent: passed over, no group
-  | (?: (?<! [^\W_] ) (?<! [)\]}\-−–] ) (?P<minus> [-−–－] )       # a minus that nothing precedes which it could subtract from
+    \^ \{? [-−]? [\d.]+                                          # an exponent: passed over
+  | (?: (?<! [^\W_] ) (?<! [)\]}\-−–] ) (?P<minus> [-−–－] )     # a minus, with nothing to subtract from
         (?: \\? [$€£¥₹] )? )?
-    (?P<digits> \d{1,3} (?: (?: [,，'’\u00a0\u2009\u202f] | \{,\} | \\, ) \d{3} )+ (?! \d )   # 1,234,567
+    (?P<digits> \d{1,3} (?: (?: [,，'’_\u00a0\u2009\u202f] | \{,\} | \\, ) \d{3} )+ (?! \d )   # 1,234,567
               | \d+
               | (?<! [\w.] ) (?= \. \d ) )                         # .5
     (?P<rest> (?: \. \d+ )? (?: [eE] [+-]? \d{1,3} (?! \w ) )? )
@@ -87,9 +88,10 @@ FENCE = re.compile(r"^ {0,3}```+[^\n`]*\n(.*?)(?:^ {0,3}```|```\s*\Z|\Z)", re.MU
 def extract_code(response: str) -> str:
     """The program of a response: between the tags, else in a code fence, else all of it. Never an exception.
 
-    The first [[DONE]] after a [[BEGIN]] ends the program, as it ends a generation that stops there; of several [[BEGIN]] before it the
-    last one counts. Without [[DONE]] the program goes on to the end, without [[BEGIN]] it starts at the start. A fence inside the tags is
-    taken off; of several fences the first counts, and one that is never closed goes on to the end. A common indentation is removed.
+    The first [[DONE]] after a [[BEGIN]] ends the program, as it ends a generation that stops there; of several
+    [[BEGIN]] before it the last counts. Without [[DONE]] the program goes on to the end, without [[BEGIN]] it begins at
+    the start. A fence inside the tags is taken off; of several fences the first counts, and an open one goes on to the
+    end. A byte order mark, blank ends and a common indentation are removed; line ends and all other characters stay.
     """
     text = response.removeprefix("\ufeff")
     _, begin, after = text.partition(BEGIN)
@@ -102,7 +104,7 @@ def extract_code(response: str) -> str:
 
 
 def run_tests(code: str, tests: Sequence[str], setup: str = "", timeout: float = sandbox.CPU_SECONDS) -> bool:
-    """Does the program pass every test? `setup` runs between the two, `timeout` is CPU seconds. False without a test."""
+    """Does the program pass every test? `setup` runs between; `timeout`: CPU seconds. False where there is no test."""
     return sandbox.passes(code, tests, setup, timeout)
 
 
@@ -114,9 +116,9 @@ def code(response: str, tests: Sequence[str], setup: str = "", timeout: float = 
 # ------------------------------------------------------------------------------------------------ LLM
 
 LLM_JUDGE = """\
-You are a helpful assistant acting as an impartial judge. You will be given a Question, a Reference Answer, and a Provided Answer. \
-Your task is to judge whether the Provided Answer is correct by comparing it to the Reference Answer. If the Provided Answer is \
-correct, choose only 'True', otherwise choose only 'False'. Question: {{question}}
+You are a helpful assistant acting as an impartial judge. You will be given a Question, a Reference Answer, and a \
+Provided Answer. Your task is to judge whether the Provided Answer is correct by comparing it to the Reference Answer. \
+If the Provided Answer is correct, choose only 'True', otherwise choose only 'False'. Question: {{question}}
 Provided Answer:
 {{predicted_response}}
 Reference Answer:
@@ -125,8 +127,8 @@ Decision: [True/False]"""  # Fig. 8
 
 VERDICT = re.compile(
     r"""
-    (?P<choice> \b (?: true|false ) \s* (?: / | \| | \b or \b ) \s* (?: true|false ) \b )       # the choice, echoed: passed over
-  | (?P<no> (?: \b (?: not|never|neither|cannot ) | n['’]t ) (?: \s+ \w+ ){0,3}? \s+ )?         # not true, isn't quite true
+    \b (?: true|false ) \s* (?: / | \| | \b or \b ) \s* (?: true|false ) \b        # the choice, echoed: skipped
+  | (?P<no> (?: \b (?: not|never|neither|cannot ) | n['’]t ) (?: \s+ \w+ ){0,3}? \s+ )?   # not true, isn't quite true
     (?<! [^\W_] ) (?P<word> true|false ) (?! [^\W_] )
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -143,7 +145,7 @@ def parse_verdict(text: str) -> bool | None:
 
 
 class LLMJudge:
-    """A language model as the judge (A.5). `generate` maps prompts to replies; `unparsed` counts replies that hold no verdict."""
+    """A language model as the judge (A.5). `generate`: prompts -> replies. `unparsed`: how many held no verdict."""
 
     def __init__(self, generate: Callable[[list[str]], list[str]]):
         self.generate, self.unparsed = generate, 0
@@ -162,7 +164,8 @@ class LLMJudge:
 # ------------------------------------------------------------------------------------------------ recall
 
 MAX_WORDS = 50  # so that reciting the context is no answer
-ABSTENTIONS = ("unanswerable", "n/a", "idk", "i don't know", "not known", "answer not in context", "the answer is unknown")
+ABSTENTIONS = ("unanswerable", "n/a", "idk", "i don't know", "not known", "answer not in context",
+               "the answer is unknown")
 WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # these count only as a whole sentence
 ABSTENTION = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ABSTENTIONS)) + r")(?!\w)")
 SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\s/\s|\n")
@@ -194,15 +197,58 @@ def abstains(response: str) -> bool:
 
 
 def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequence[str] = ()) -> bool:
-    """At most 50 words that hold all words of a gold and do not abstain; or that abstain at once where there is no answer.
+    """At most 50 words that hold every word of a gold and do not abstain; where there is no answer, that abstain.
 
-    Neither way accepts a reply that answers first and abstains after.
+    They must do so in their first sentence: a reply that answers first and abstains after is accepted nowhere.
     """
     if len(response.split()) > MAX_WORDS:
         return False
     if unanswerable:
         return any(abstains(first) for first in sentences(response)[:1])
     return not abstains(response) and any(token_recall(response, answer) == 1 for answer in (gold, *aliases))
+
+
+# ------------------------------------------------------------------------------------------------ reading, graded
+
+
+def token_f1(response: str, gold: str) -> float:
+    """SQuAD's F1: the harmonic mean of the precision and recall of the response's words, as multisets."""
+    said, wanted = Counter(normalize(response)), Counter(normalize(gold))
+    if not said or not wanted:
+        return float(said == wanted)
+    return 2 * (said & wanted).total() / (said.total() + wanted.total())
+
+
+def reading_row(x: Example, response: str) -> dict[str, float]:
+    """Scores of one response, each 0 to 1 and the best over the golds, but for `words`.
+
+    exact, f1: SQuAD v2's. An abstaining response counts as its empty answer: 1 where there is no answer, else 0.
+    recall: token recall of the gold, which is the word `unanswerable` where there is no answer (SSR's token-level recall).
+    modified_recall: ours, as SSR prints no formula: recall where there is an answer and the response gives one, 1 where there
+    is none and it abstains, else 0.
+    answerability: does it abstain exactly where there is no answer?
+    """
+    golds, silent = (x.answer, *x.aliases), abstains(response)
+    found = max(token_recall(response, gold) for gold in golds)
+    exact = max(float(normalize(response) == normalize(gold)) for gold in golds)
+    f1 = max(token_f1(response, gold) for gold in golds)
+    if x.unanswerable or silent:
+        exact = f1 = float(x.unanswerable and silent)
+    modified = float(silent) if x.unanswerable else 0.0 if silent else found
+    return {"exact": exact, "f1": f1, "recall": found, "modified_recall": modified,
+            "answerability": float(silent == x.unanswerable), "words": float(len(response.split()))}
+
+
+def reading_scores(pairs: Sequence[tuple[Example, str]]) -> dict[str, dict]:
+    """Means of reading_row over the rows "answerable", "unanswerable" and "all", with their n; an empty group is left out."""
+    groups = {"answerable": [pair for pair in pairs if not pair[0].unanswerable],
+              "unanswerable": [pair for pair in pairs if pair[0].unanswerable], "all": list(pairs)}
+    scores = {}
+    for name, members in groups.items():
+        rows = [reading_row(x, response) for x, response in members]
+        if rows:
+            scores[name] = {"n": len(rows)} | {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------ by name
@@ -216,9 +262,9 @@ LLM_BATCH = 256  # pairs a call of the LLM judge: enough for the generator to gr
 
 
 def judge_all(name: str, pairs: Sequence[tuple[Example, str]], generate=None) -> Iterator[bool | None]:
-    """Verdicts on (example, response) pairs, in order and as they come; "llm" asks `generate`, and gives None for no verdict.
+    """Verdicts on (example, response) pairs, in order, as they come. "llm" asks `generate`; None: no verdict in it.
 
-    Programs run in parallel, one a core; their limits are in CPU time, so that a busy machine changes no verdict.
+    Programs run in parallel, one a core; their limit is CPU time, so that a busy machine changes no verdict.
     """
     if name == "llm":
         judge = LLMJudge(generate)

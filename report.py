@@ -16,6 +16,16 @@ PAPER_ACCURACY = {
     "nq": {"base": 64.7, "sft": 60.0, "sdft": 67.1, "s3ft": 67.1},
 }
 PAPER_SOURCES = {"gsm8k": (49.5, 42.1, 8.4), "mbpp": (30.2, 32.4, 37.4), "nq": (66.0, 25.6, 8.1)}
+PAPER_BENCHMARKS = {  # MMLU, TruthfulQA, HellaSwag, WinoGrande, average
+    task: {"base": (58.7, 59.6, 66.0, 74.0, 64.6), **trained} for task, trained in {
+        "gsm8k": {"sft": (57.0, 48.0, 62.4, 73.4, 60.2), "sdft": (57.6, 51.1, 62.6, 73.6, 61.2),
+                  "s3ft": (58.2, 53.7, 63.2, 73.5, 62.1)},
+        "mbpp": {"sft": (57.5, 51.9, 64.7, 73.6, 61.9), "sdft": (57.1, 56.6, 65.2, 73.4, 63.1),
+                 "s3ft": (58.0, 57.2, 64.9, 74.4, 63.6)},
+        "nq": {"sft": (54.4, 45.7, 63.1, 72.0, 58.8), "sdft": (55.2, 53.9, 65.3, 72.6, 61.8),
+               "s3ft": (57.0, 54.1, 64.8, 72.6, 62.1)},
+    }.items()
+}
 KINDS = ("predictions", "paraphrases", "golds")
 SOURCES = ("prediction", "paraphrase", "gold")
 
@@ -67,6 +77,45 @@ def training_table(results: dict) -> str:
     return markdown_table(["method", "validation %", "steps", "best step", "tokens/s", "peak memory GiB"], rows)
 
 
+def benchmarks_table(results: dict) -> str:
+    """Table 4: general benchmarks, and the mean drop against the base model."""
+    names = list(next(iter(results["models"].values()))["benchmarks"]["scores"])
+    rows = []
+    for model_name, model in results["models"].items():
+        found = model["benchmarks"]
+        values = [headline(name, found["scores"][name]) for name in names]
+        rows.append([model_name, *map(percent, values), percent(mean(values)),
+                     ", ".join(drop_cell(found["drop"][name]) for name in names) if "drop" in found else ""])
+    for method, values in PAPER_BENCHMARKS.get(results["config"]["task"], {}).items():
+        by_name = dict(zip(("mmlu", "truthfulqa", "hellaswag", "winogrande", "average"), map(str, values), strict=True))
+        rows.append([f"{method} in the paper", *(by_name[name] for name in names), by_name["average"], ""])
+    return markdown_table(["method", *names, "average", "drop against base, points (95 % interval)"], rows)
+
+
+def headline(name: str, score: dict) -> float:
+    return score["mean" if name == "truthfulqa" else "acc"]
+
+
+def drop_cell(drop: dict) -> str:
+    low, high = drop["interval"]
+    return f"{100 * drop['drop']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def scores_table(scores: dict) -> str:
+    """Every metric of every benchmark with its standard error."""
+    rows = []
+    for name, score in scores.items():
+        metrics = [key for key in score if key not in ("n", "subjects") and not key.endswith("_stderr")]
+        rows += [[name, key, percent(score[key]), percent(score[f"{key}_stderr"] or 0), str(score["n"])] for key in metrics]
+    return markdown_table(["benchmark", "metric", "%", "standard error", "n"], rows)
+
+
+def write_benchmark_report(model: str, scores: dict, folder: Path) -> str:
+    text = f"# General benchmarks: {model}\n\n{scores_table(scores)}\n"
+    write_text(folder / "report.md", text)
+    return text
+
+
 def write_report(results: dict, run: Path) -> str:
     """Write report.md (and Fig. 2, where matplotlib is installed) -> the report's text."""
     config, machine, models = results["config"], results["machine"], results["models"]
@@ -91,6 +140,13 @@ def write_report(results: dict, run: Path) -> str:
         parts += ["## Log-probability under the base model (Fig. 2)", log_probability_lines(results["log_probabilities"])]
         if draw_log_probabilities(results["log_probabilities"], run / "figures" / "log_probability.svg"):
             parts.append("![Fig. 2](figures/log_probability.svg)")
+    if all("benchmarks" in model for model in models.values()):
+        parts += ["## General benchmarks (Table 4)", benchmarks_table(results),
+                  "`truthfulqa` is the mean of mc1 and mc2. Drops: on the same documents, intervals of paired differences."]
+    if all("harness" in model for model in models.values()):
+        parts += ["## GSM8K as lm-evaluation-harness reads it", markdown_table(
+            ["method", "strict %", "flexible %"],
+            [[name, *(percent(value) for value in model["harness"].values())] for name, model in models.items()])]
     text = "\n\n".join(parts) + "\n"
     write_text(run / "report.md", text)
     return text

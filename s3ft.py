@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 import lora
 from data import CUSTOM_TASK, TASKS, Example, Task, prompt, training_ids
-from evaluate import judged, respond, task_of, validate
-from files import (InputError, append_jsonl, exit_cleanly, locked, read_json, read_jsonl, resume_jsonl, write_bytes,
-                   write_json, write_jsonl)
+from evaluate import announce_sandbox, judged, respond, task_of, validate
+from files import (InputError, amount, append_jsonl, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
+                   write_bytes, write_json, write_jsonl)
 from generate import Sampling
 from judges import JUDGES
 from model import best_device, load_model, log_probs, peak_memory_gib, target_logits
@@ -318,6 +318,7 @@ def run(args) -> None:
         print(f"{folder}: finished already")
         return
     task, (D, validation, _) = task_of(shared, args.data)
+    announce_sandbox(task, args.sandbox)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
     if model.device.type == "cpu":
         announce_cpu(model, tokenizer, task, D, args)
@@ -355,26 +356,6 @@ def remember(path: Path, settings: dict, flag: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the command line
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
-
-
-def fail(message: str):
-    raise InputError(message)
 
 
 def parse(argv=None):

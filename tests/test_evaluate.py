@@ -131,6 +131,42 @@ def test_a_report_holds_every_table(run, capsys):
     assert report == capsys.readouterr().out.rstrip("\n") + "\n"
 
 
+BENCHMARK_ROWS = {
+    "winogrande/validation.jsonl": [{"sentence": f"The {a} hit the {b} because _ was small.", "option1": a, "option2": b,
+                                     "answer": "2"} for a, b in (("dog", "cat"), ("cup", "jar"), ("oak", "elm"))],
+    "hellaswag/validation.jsonl": [{"activity_label": "Cooking", "ctx_a": "A man stirs.", "ctx_b": "he", "label": str(i),
+                                    "endings": ["eats.", "sings loudly.", "runs.", "waits."]} for i in range(3)],
+}
+
+
+def test_a_report_with_general_benchmarks_shows_the_drop(run, tmp_path, monkeypatch):
+    for file, rows in BENCHMARK_ROWS.items():
+        (tmp_path / "data" / file).parent.mkdir(parents=True)
+        write_jsonl(tmp_path / "data" / file, rows)
+        monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+    evaluate.main([f"--out={run}", "--device=cpu", "--benchmarks=winogrande,hellaswag", f"--data={tmp_path / 'data'}"])
+    models = json.loads((run / "results.json").read_text())["models"]
+    assert len(read_jsonl(run / "sft" / "benchmarks" / "samples.jsonl")) == 6
+    for name in ("winogrande", "hellaswag"):
+        accuracy = [models[who]["benchmarks"]["scores"][name]["acc"] for who in ("base", "sft")]
+        assert models["sft"]["benchmarks"]["drop"][name]["drop"] == pytest.approx(accuracy[0] - accuracy[1])
+    assert "| method | winogrande | hellaswag | average |" in (run / "report.md").read_text()
+
+
+def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
+    file = "winogrande/validation.jsonl"
+    (tmp_path / "data" / "winogrande").mkdir(parents=True)
+    write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
+    monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+    argv = [f"--model={tiny}", "--benchmarks=winogrande", f"--data={tmp_path / 'data'}", "--device=cpu", "--limit=2"]
+    evaluate.main([*argv, f"--out={tmp_path / 'alone'}"])
+    assert json.loads((tmp_path / "alone" / "results.json").read_text())["benchmarks"]["winogrande"]["n"] == 2
+    assert "| winogrande | acc |" in capsys.readouterr().out
+    evaluate.main([*argv, f"--out={tmp_path / 'adapted'}", f"--adapter={run / 'sft'}"])
+    rows = [read_jsonl(tmp_path / name / "samples.jsonl")[0]["log_likelihoods"] for name in ("alone", "adapted")]
+    assert rows[0] != rows[1]
+
+
 def test_evaluating_twice_makes_nothing_again(run):
     evaluate.main([f"--out={run}", "--device=cpu"])
     before = {path: path.read_bytes() for path in run.rglob("*.jsonl")}

@@ -129,7 +129,7 @@ def test_falls_back_and_says_so(name, tokenizer):
 @pytest.mark.parametrize("refill", [1, 10**6])
 def test_more_prompts_than_slots(slots, refill, tokenizer, monkeypatch):
     monkeypatch.setattr(module, "REFILL_TOKENS", refill)
-    monkeypatch.setattr(module, "PREFILL_TOKENS", 120)
+    monkeypatch.setitem(module.PREFILL_TOKENS, "cpu", 120)
     model, rows = build(COVERED["llama"], seed=1), prompts(23, seed=1)
     sizes = []
     model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
@@ -226,7 +226,7 @@ def test_results_come_as_they_finish(tokenizer):
     model, rows = build(COVERED["llama"]), prompts(14)
     seen, steps = [], []
     model.register_forward_hook(lambda *_: steps.append(1))
-    for index, response in generate(model, tokenizer, rows, 24):
+    for index, _ in generate(model, tokenizer, rows, 24):
         seen.append((len(steps), index))
     assert len({when for when, _ in seen}) > 3
     assert sorted(index for _, index in seen) == list(range(14))
@@ -302,6 +302,31 @@ def test_a_sample_does_not_depend_on_its_batch(name, tokenizer):
         every = dict(generate(model, tokenizer, rows, 12, sample=sample))
     assert all(some[i].tokens == every[i].tokens for i in range(6))
     assert len({tuple(response.tokens) for response in some.values()}) > 3
+
+
+def test_a_sample_follows_the_name_of_its_prompt(tokenizer):
+    model, rows = build(COVERED["llama"]), prompts(5)
+    every = dict(generate(model, tokenizer, rows, 12, sample=Sampling(seed=2, keys="abcde")))
+    part = dict(generate(model, tokenizer, [rows[4], rows[1]], 12, sample=Sampling(seed=2, keys="eb")))
+    assert [part[0].tokens, part[1].tokens] == [every[4].tokens, every[1].tokens]
+
+
+def test_replaced_modules_are_used(tokenizer):
+    class Wrapped(torch.nn.Module):  # as a LoRA layer: a frozen layer and something beside it
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.extra = base, torch.nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x):
+            return self.base(x) + self.extra(x)
+
+    model, rows = build(COVERED["llama"]), prompts(6)
+    before = dict(generate(model, tokenizer, rows, 12))
+    for layer in model.model.layers:
+        layer.self_attn.v_proj = Wrapped(layer.self_attn.v_proj)
+    got = dict(generate(model, tokenizer, rows, 12))
+    assert [got[i].tokens for i in range(6)] == [reference(model, row, 12) for row in rows]
+    assert got != before
 
 
 def test_samples_follow_the_top_p_distribution():

@@ -1,0 +1,387 @@
+"""General benchmarks as lm-evaluation-harness 0.4.13 defines them: MMLU, TruthfulQA, HellaSwag, WinoGrande (Table 4).
+
+A row of a benchmark becomes options, each a context and a continuation; likelihood.py says how likely a model finds each; a
+metric compares that with the gold. Covered: zero-shot, k-shot MMLU, the chat template, BOS, and the harness's two readings
+of a GSM8K answer. Not covered: shots for the other three (the harness draws those of HellaSwag and WinoGrande at random from
+their training sets, and gives TruthfulQA none).
+
+Differences from the harness, on purpose:
+1. `add_bos` puts one BOS token in front also where the tokenizer's own settings would not.
+2. mc2 of options whose probabilities all underflow is their ratio; the harness prints nan.
+3. The standard error of MMLU is that of the mean over all documents; the harness pools the subjects' errors.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+import tarfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist, mean, stdev
+
+import numpy as np
+from tqdm import tqdm
+
+from files import InputError, append_jsonl, download, read_json, read_jsonl, resume_jsonl, write_json, write_jsonl
+from likelihood import Encoder, Option, can_share, log_likelihoods, max_length, trial
+
+# ------------------------------------------------------------------------------------------------ row -> options
+
+
+def mmlu_question(row: dict) -> str:
+    lines = [f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)]
+    return "\n".join([row["question"].strip(), *lines, "Answer:"])
+
+
+def mmlu_options(row: dict, shots: list[dict]) -> list[Option]:
+    description = "The following are multiple choice questions (with answers) about {}.\n\n"
+    solved = [f"{mmlu_question(shot)} {'ABCD'[shot['answer']]}\n\n" for shot in shots]
+    context = "".join(solved) + mmlu_question(row)
+    return [Option(context, letter, description.format(row["subject"].replace("_", " "))) for letter in "ABCD"]
+
+
+TRUTHFULQA_EXAMPLES = """\
+Q: What is human life expectancy in the United States?
+A: Human life expectancy in the United States is 78 years.
+
+Q: Who was president of the United States in 1955?
+A: Dwight D. Eisenhower was president of the United States in 1955.
+
+Q: Which party did he belong to?
+A: He belonged to the Republican Party.
+
+Q: What is the square root of banana?
+A: I have no comment.
+
+Q: How does a telescope work?
+A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
+
+Q: Where were the 1992 Olympics held?
+A: The 1992 Olympics were held in Barcelona, Spain."""
+
+
+def truthfulqa_options(row: dict, shots: list[dict]) -> list[Option]:
+    """The options of mc1, then those of mc2 (mostly the same ones, which costs nothing)."""
+    context = f"{TRUTHFULQA_EXAMPLES}\n\nQ: {row['question']}\nA:"
+    return [Option(context, choice) for kind in ("mc1_targets", "mc2_targets") for choice in row[kind]["choices"]]
+
+
+def hellaswag_text(text: str) -> str:
+    """Without the marks of the WikiHow half. What is stripped is the text before they go, not after."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def hellaswag_options(row: dict, shots: list[dict]) -> list[Option]:
+    context = hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    return [Option(context, hellaswag_text(ending)) for ending in row["endings"]]
+
+
+def winogrande_options(row: dict, shots: list[dict]) -> list[Option]:
+    """Partial evaluation (Trinh and Le, 2018): what follows the blank, after each of its two fillings."""
+    before, after = row["sentence"].split("_", 1)
+    return [Option(before + row[name], after.strip()) for name in ("option1", "option2")]
+
+
+# ------------------------------------------------------------------------------------------------ scores -> metrics
+
+
+def mmlu_metrics(row: dict, scores: np.ndarray) -> dict:
+    return graded(scores, row["answer"])
+
+
+def truthfulqa_metrics(row: dict, scores: np.ndarray) -> dict:
+    """mc1: is the likeliest option the true one, which comes first? mc2: the true options' share of the probability."""
+    mc1, mc2 = np.split(scores, [len(row["mc1_targets"]["choices"])])
+    p = np.exp(mc2 - mc2.max())
+    share = float(p[np.array(row["mc2_targets"]["labels"]) == 1].sum() / p.sum())
+    result = graded(mc1, 0)
+    correct = result["metrics"]["acc"]
+    return result | {"metrics": {"mc1": correct, "mc2": share, "mean": (correct + share) / 2}}
+
+
+def hellaswag_metrics(row: dict, scores: np.ndarray) -> dict:
+    """acc_norm divides by the characters of the ending, the blank before it not counted."""
+    gold, lengths = int(row["label"]), [len(hellaswag_text(ending)) for ending in row["endings"]]
+    result = graded(scores, gold)
+    return result | {"metrics": result["metrics"] | {"acc_norm": float(np.argmax(scores / lengths) == gold)}}
+
+
+def winogrande_metrics(row: dict, scores: np.ndarray) -> dict:
+    return graded(scores, int(row["answer"]) - 1)
+
+
+def graded(scores: np.ndarray, gold: int) -> dict:
+    if not 0 <= gold < len(scores):
+        raise ValueError(f"the gold {gold} is none of its {len(scores)} options")
+    chosen = int(np.argmax(scores))  # of equals, the first
+    return {"chosen": chosen, "gold": gold, "metrics": {"acc": float(chosen == gold)}}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All that sets one benchmark apart. `headline` is the metric of Table 4."""
+
+    file: str
+    fields: tuple[str, ...]
+    options: Callable[[dict, list[dict]], list[Option]]
+    metrics: Callable[[dict, np.ndarray], dict]
+    headline: str = "acc"
+
+
+BENCHMARKS = {
+    "mmlu": Benchmark("mmlu/test.jsonl", ("question", "subject", "choices", "answer"), mmlu_options, mmlu_metrics),
+    "truthfulqa": Benchmark("truthfulqa/multiple_choice.jsonl", ("question", "mc1_targets", "mc2_targets"),
+                            truthfulqa_options, truthfulqa_metrics, headline="mean"),
+    "hellaswag": Benchmark("hellaswag/validation.jsonl", ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+                           hellaswag_options, hellaswag_metrics),
+    "winogrande": Benchmark("winogrande/validation.jsonl", ("sentence", "option1", "option2", "answer"),
+                            winogrande_options, winogrande_metrics),
+}
+MMLU_SHOTS = "mmlu/dev.jsonl"
+COUNTS = {"mmlu/test.jsonl": 14042, "mmlu/dev.jsonl": 285, "truthfulqa/multiple_choice.jsonl": 817,
+          "hellaswag/validation.jsonl": 10042, "winogrande/validation.jsonl": 1267}
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def rows_of(file: str, data_dir: Path, fields: tuple[str, ...]) -> list[dict]:
+    """The rows of a benchmark's file, which is fetched from its public home if it is not there."""
+    path = data_dir / file
+    if not path.exists():
+        FETCH[file.partition("/")[0]](path.parent)
+    rows = read_jsonl(path, fields)
+    if len(rows) != COUNTS[file]:
+        raise InputError(f"{path} has {len(rows)} rows, the original has {COUNTS[file]}: remove it to download it again")
+    return rows
+
+
+def fetch_mmlu(folder: Path) -> None:
+    """hendrycks/test: one CSV file a subject, its rows being the question, four choices and the letter of the answer."""
+    archive = folder / "data.tar"
+    download("https://people.eecs.berkeley.edu/~hendrycks/data.tar", archive)
+    with tarfile.open(archive) as tar:
+        for split in ("test", "dev"):
+            names = sorted(name for name in tar.getnames() if name.endswith(f"_{split}.csv") and f"/{split}/" in name)
+            rows = [row for name in names for row in mmlu_rows(tar.extractfile(name).read().decode(), name, split)]
+            write_jsonl(folder / f"{split}.jsonl", rows)
+
+
+def mmlu_rows(text: str, name: str, split: str) -> Iterator[dict]:
+    subject = name.rpartition("/")[2].removesuffix(f"_{split}.csv")
+    for question, *choices, letter in csv.reader(io.StringIO(text, newline="")):
+        yield {"question": question, "subject": subject, "choices": choices, "answer": "ABCD".index(letter)}
+
+
+def fetch_truthfulqa(folder: Path) -> None:
+    """The 817 questions of the paper's time, by commit: the file's newest version has 790, and other numbers."""
+    original = folder / "mc_task.json"
+    commit = "013686a06be7a7bde5bf8223943e106c7250123c"
+    download(f"https://raw.githubusercontent.com/sylinrl/TruthfulQA/{commit}/data/mc_task.json", original, TRUTHFULQA_SHA256)
+    write_jsonl(folder / "multiple_choice.jsonl", [truthfulqa_row(row) for row in read_json(original)])
+
+
+TRUTHFULQA_SHA256 = "6eb4125d25750c0145c4be2dce00440736684ab6f74ce6bff2139571cc758954"
+
+
+def truthfulqa_row(row: dict) -> dict:
+    kinds = ("mc1_targets", "mc2_targets")
+    targets = {kind: {"choices": list(row[kind]), "labels": list(row[kind].values())} for kind in kinds}
+    return {"question": row["question"], **targets}
+
+
+def fetch_hellaswag(folder: Path) -> None:
+    original = folder / "hellaswag_val.jsonl"
+    download("https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl", original)
+    write_jsonl(folder / "validation.jsonl", [row | {"label": str(row["label"])} for row in read_jsonl(original, ("label",))])
+
+
+def fetch_winogrande(folder: Path) -> None:
+    archive = folder / "winogrande_1.1.zip"
+    download("https://storage.googleapis.com/ai2-mosaic/public/winogrande/winogrande_1.1.zip", archive)
+    with zipfile.ZipFile(archive) as files:
+        member = next(name for name in files.namelist() if name.endswith("/dev.jsonl") and "__MACOSX" not in name)
+        rows = [json.loads(line) for line in files.read(member).decode().splitlines()]
+    keep = ("sentence", "option1", "option2", "answer")
+    write_jsonl(folder / "validation.jsonl", [{name: row[name] for name in keep} for row in rows])
+
+
+FETCH = {"mmlu": fetch_mmlu, "truthfulqa": fetch_truthfulqa, "hellaswag": fetch_hellaswag, "winogrande": fetch_winogrande}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One row of a benchmark with its options. `task`: the documents of a task begin alike (an MMLU subject is one)."""
+
+    benchmark: str
+    index: int  # in its file, from 0
+    row: dict
+    options: list[Option]
+    where: str  # file and row, for messages
+
+    @property
+    def task(self) -> str:
+        return self.row.get("subject", self.benchmark)
+
+
+def documents(name: str, data_dir: Path, limit: int | None, num_fewshot: int) -> list[Document]:
+    """A benchmark's documents: the first `limit` of each task, as in the harness. InputError names a bad row."""
+    benchmark, taken, found = BENCHMARKS[name], defaultdict(int), []
+    shots = mmlu_shots(data_dir, num_fewshot) if name == "mmlu" and num_fewshot else defaultdict(list)
+    for index, row in enumerate(rows_of(benchmark.file, data_dir, benchmark.fields)):
+        where = f"{data_dir / benchmark.file}, row {index + 1}"
+        try:
+            options = benchmark.options(row, shots[row.get("subject")])
+            benchmark.metrics(row, np.zeros(len(options)))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InputError(f"{where}: not a row of {name} ({error!r})") from None
+        document = Document(name, index, row, options, where)
+        taken[document.task] += 1
+        if limit is None or taken[document.task] <= limit:
+            found.append(document)
+    return found
+
+
+def mmlu_shots(data_dir: Path, k: int) -> dict[str, list[dict]]:
+    """The first k solved questions of every subject."""
+    shots = defaultdict(list)
+    for row in rows_of(MMLU_SHOTS, data_dir, BENCHMARKS["mmlu"].fields):
+        shots[row["subject"]].append(row)
+    fewest = min(map(len, shots.values()))
+    if k > fewest:
+        raise InputError(f"--num-fewshot {k}: {data_dir / MMLU_SHOTS} has {fewest} questions of a subject")
+    return {subject: rows[:k] for subject, rows in shots.items()}
+
+
+# ------------------------------------------------------------------------------------------------ scoring a model
+
+
+def score(model, tokenizer, names, data_dir, out_dir, limit=None, num_fewshot=0, apply_chat_template=False,
+          add_bos=False) -> dict:
+    """Score a model on the benchmarks `names` -> {name: {metric: value, metric_stderr: value, n}}; MMLU also by "subjects".
+
+    Every document becomes a row of out_dir/samples.jsonl as it is done, and is not scored again by a later call: the
+    log-likelihoods of its options (TruthfulQA: of mc1's, then of mc2's), the option chosen, the gold, its metrics. `limit`:
+    the first documents of each task (for MMLU, of each subject). `num_fewshot`: of MMLU; the others are zero-shot.
+    InputError: unknown names, bad data, samples of another model or of other settings in out_dir.
+    """
+    data_dir, out_dir = Path(data_dir), Path(out_dir)
+    for name in names:
+        if name not in BENCHMARKS:
+            raise InputError(f"unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
+    if add_bos and tokenizer.bos_token is None:
+        raise InputError("--add-bos: this model's tokenizer has no BOS token")
+    wanted = {(x.benchmark, x.index): x for name in names for x in documents(name, data_dir, limit, num_fewshot)}
+    settings = {"num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template, "add_bos": add_bos}
+    check_settings(model, settings, out_dir)
+    path = out_dir / "samples.jsonl"
+    samples = {(row["benchmark"], row["index"]): row for row in resume_jsonl(path)}
+    encoder = Encoder(tokenizer, max_length(model, tokenizer), apply_chat_template, add_bos)
+    todo = [document for key, document in wanted.items() if key not in samples]
+    with tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="document", disable=not todo) as bar:
+        for row in scored(model, encoder, todo):
+            append_jsonl(path, row)
+            samples[row["benchmark"], row["index"]] = row
+            bar.set_description(row["benchmark"], refresh=False)
+            bar.update()
+    return {name: summary([samples[key] for key in wanted if key[0] == name]) for name in names}
+
+
+def check_settings(model, settings: dict, out_dir: Path) -> None:
+    """Samples of one folder are of one model and one way of asking. The model is told by its scores of a made-up document."""
+    path, mine = out_dir / "samples.config.json", settings | {"trial": trial(model, share=False)}
+    if not path.exists():
+        return write_json(path, mine)
+    theirs = read_json(path)
+    if {name: theirs.get(name) for name in settings} != settings:
+        raise InputError(f"{path}: the samples there were made with other settings; take another folder, or the same settings")
+    if not np.allclose(theirs["trial"], mine["trial"], rtol=1e-5):
+        raise InputError(f"{path}: the samples there are of another model; take another folder")
+
+
+def scored(model, encoder: Encoder, todo: list[Document]) -> Iterator[dict]:
+    """The samples of all documents, task after task."""
+    tasks, share = defaultdict(list), bool(todo) and can_share(model)
+    for document in todo:
+        tasks[document.benchmark, document.task].append(document)
+    for group in tasks.values():
+        for index, scores in log_likelihoods(model, [encoded(encoder, document) for document in group], share):
+            yield sample(group[index], scores)
+
+
+def encoded(encoder: Encoder, document: Document) -> list:
+    try:
+        return encoder.requests(document.options)
+    except ValueError as error:
+        raise InputError(f"{document.where}: {error}") from None
+
+
+def sample(document: Document, scores: list[float]) -> dict:
+    result = BENCHMARKS[document.benchmark].metrics(document.row, np.array(scores))
+    task = {"subject": document.task} if document.benchmark == "mmlu" else {}
+    return {"benchmark": document.benchmark, "index": document.index, **task, "log_likelihoods": scores, **result}
+
+
+def summary(samples: list[dict]) -> dict:
+    """Means over documents with their standard errors (None of a single document). MMLU's acc is so weighted by size."""
+    result = {"n": len(samples)}
+    for metric in samples[0]["metrics"]:
+        values = [row["metrics"][metric] for row in samples]
+        result[metric] = mean(values)
+        result[f"{metric}_stderr"] = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    subjects = defaultdict(list)
+    for row in samples:
+        if "subject" in row:
+            subjects[row["subject"]].append({"metrics": row["metrics"]})
+    return result | ({"subjects": {name: summary(rows) for name, rows in subjects.items()}} if subjects else {})
+
+
+def paired_drop(base_samples: list[dict], tuned_samples: list[dict]) -> dict:
+    """{benchmark: {drop, interval, n}}: how much lower the tuned model's headline metric is, on the same documents (Table 4).
+
+    The 95 % interval is the normal one for the mean of paired differences, document by document.
+    """
+    base, tuned = ({(row["benchmark"], row["index"]): row for row in samples} for samples in (base_samples, tuned_samples))
+    if base.keys() != tuned.keys():
+        raise InputError("base and tuned model were scored on different documents; use the same --benchmarks and --limit")
+    differences = defaultdict(list)
+    for (name, index), row in base.items():
+        metric = BENCHMARKS[name].headline
+        differences[name].append(row["metrics"][metric] - tuned[name, index]["metrics"][metric])
+    return {name: paired_interval(values) for name, values in differences.items()}
+
+
+def paired_interval(differences: list[float]) -> dict:
+    n, center = len(differences), mean(differences)
+    half = NormalDist().inv_cdf(0.975) * stdev(differences) / math.sqrt(n) if n > 1 else math.inf
+    return {"drop": center, "interval": [center - half, center + half], "n": n}
+
+
+# ------------------------------------------------------------------------------------------------ GSM8K as the harness reads it
+
+
+def gsm8k_strict(response: str) -> str:
+    """The first number after `####`, or "[invalid]"."""
+    found = re.search(r"#### (\-?[0-9\.\,]+)", response)
+    return found[1] if found else "[invalid]"
+
+
+def gsm8k_flexible(response: str) -> str:
+    """The last thing that looks like a number, or "[invalid]"."""
+    found = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", response)
+    return found[-1] if found else "[invalid]"
+
+
+def gsm8k_match(extracted: str, gold: str) -> bool:
+    """Equal as text after the harness's clean-up: `1,000` is `1000`, but `18.00` is not `18`. `gold`: the row's answer."""
+    return gsm8k_clean(extracted) == gsm8k_clean(gold)
+
+
+def gsm8k_clean(text: str) -> str:
+    for ignored in (",", r"\$", "(?s).*#### ", r"\.$"):
+        text = re.sub(ignored, "", text)
+    return text.lower()

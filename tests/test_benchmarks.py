@@ -1,0 +1,506 @@
+"""The benchmarks' definitions on rows made by hand, and log-likelihoods against scoring every option by itself."""
+
+import csv
+import io
+import json
+import math
+import tarfile
+import urllib.error
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
+from transformers import (BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel,
+                          LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM,
+                          PreTrainedTokenizerFast)
+
+import benchmarks
+import likelihood
+from benchmarks import BENCHMARKS, gsm8k_flexible, gsm8k_match, gsm8k_strict, paired_drop, score
+from files import InputError, read_jsonl, write_jsonl
+from likelihood import Encoder, Option, Request, can_share, log_likelihoods
+
+LETTERS = "ABCD"
+FACTS = [("The sun", "rises in the east", "is a small lake"), ("A spider", "has eight legs", "sings at school"),
+         ("Bread", "is made of flour", "swims to the moon"), ("Ice", "melts when it is warm", "was king of Norway"),
+         ("A violin", "has four strings", "eats cheese for lunch"), ("Copper", "conducts electricity", "grows on old trees")]
+
+
+def mmlu_rows(subject: str, n: int) -> list[dict]:
+    rows = []
+    for i in range(n):
+        thing, right, wrong = FACTS[i % len(FACTS)]
+        choices = [wrong, f"{i} of them ", "none of these", "all three"]
+        choices[i % 4] = right
+        question = f" Which of the following is true of {thing.lower()}, number {i}?{' Think well.' * (i % 3)}\n"
+        rows.append({"question": question, "subject": subject, "choices": choices, "answer": i % 4})
+    return rows
+
+
+def truthfulqa_rows() -> list[dict]:
+    rows = []
+    for i, (thing, right, wrong) in enumerate(FACTS):
+        one = {"choices": [f"{thing} {right}.", f"{thing} {wrong}.", "Nobody knows."], "labels": [1, 0, 0]}
+        two = {"choices": [f"{thing} {wrong}.", f"{thing} {right}.", f"Surely it {right}", "No"], "labels": [0, 1, 1, 0]}
+        rows.append({"question": f"What is so about {thing}{'?' * (i + 1)}", "mc1_targets": one, "mc2_targets": two})
+    return rows
+
+
+def hellaswag_rows() -> list[dict]:
+    return [{"activity_label": label, "ctx_a": f"{thing} [header] on a table. [title] It lies  there", "ctx_b": middle,
+             "endings": [f"{right}.", f"{wrong} [step] and  more of it.", "falls.", f"is what {thing.upper()} does."],
+             "label": str(i % 4)}
+            for i, ((thing, right, wrong), label, middle) in
+            enumerate(zip(FACTS, ("Cooking", "Home and [Garden]") * 3, ("", "a Man From ROME", "they") * 2, strict=True))]
+
+
+def winogrande_rows() -> list[dict]:
+    return [{"sentence": f"{thing} was next to the box, and _ {right} more than the other one.", "option1": thing.lower(),
+             "option2": "the box", "answer": str(1 + i % 2)} for i, (thing, right, _) in enumerate(FACTS)]
+
+
+def make_data(folder, monkeypatch):
+    """A data folder of small files, which are taken to be whole."""
+    tables = {"mmlu/test.jsonl": mmlu_rows("high_school_physics", 5) + mmlu_rows("astronomy", 7),
+              "mmlu/dev.jsonl": mmlu_rows("astronomy", 3) + mmlu_rows("high_school_physics", 3),
+              "truthfulqa/multiple_choice.jsonl": truthfulqa_rows(), "hellaswag/validation.jsonl": hellaswag_rows(),
+              "winogrande/validation.jsonl": winogrande_rows()}
+    for file, rows in tables.items():
+        write_jsonl(folder / file, rows)
+        monkeypatch.setitem(benchmarks.COUNTS, file, len(rows))
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    return make_data(tmp_path / "data", monkeypatch)
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer like Llama 3's, made on the spot: it merges across words, and puts BOS in front when asked."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    corpus = [json.dumps(row) for row in mmlu_rows("astronomy", 9) + truthfulqa_rows() + hellaswag_rows()]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator(corpus, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE)
+
+
+SHAPE = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**SHAPE, "intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.3}
+
+
+def tiny(kind: str, **more):
+    """A model of random weights, large enough that a token's place and context matter."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA, **more))
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **more))
+    if kind == "gemma2":  # caps its logits after the head
+        model = Gemma2ForCausalLM(Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=2.0, sliding_window=16, **more))
+    if kind == "sliding":
+        model = MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=8, **more))
+    if kind == "bloom":  # ALiBi: places come from the attention mask
+        model = BloomForCausalLM(BloomConfig(vocab_size=600, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3))
+    if kind == "mamba":
+        model = MambaForCausalLM(MambaConfig(vocab_size=600, hidden_size=32, state_size=4, num_hidden_layers=2))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny("llama")
+
+
+@torch.no_grad()
+def alone(model, context: list[int], continuation: list[int], max_length: int = 10**6) -> float:
+    """log p(continuation | context) of one request by one forward over it, by the definition."""
+    ids = torch.tensor([(context + continuation)[-(max_length + 1):]])
+    log_p = F.log_softmax(model(ids[:, :-1]).logits[0].double(), dim=-1)
+    scored = len(continuation)
+    return log_p[-scored:].gather(1, ids[0, -scored:, None]).sum().item()
+
+
+def random_documents(seed: int = 0) -> list[list[Request]]:
+    """Documents of all sorts: common contexts, none in common, equal options, options of one token."""
+    rng = np.random.default_rng(seed)
+
+    def draw(n):
+        return rng.integers(2, 600, size=n).tolist()
+
+    start, found = draw(12), []
+    for size in (3, 9, 25):
+        context = start + draw(size)
+        found.append([Request(context + option, len(option)) for option in (draw(1), draw(7), draw(4))])
+        found.append([Request(context + [token], 1) for token in (5, 6, 7, 8)])
+        found.append([Request(start + draw(2) + context[13:] + context[-6:], 6) for _ in range(2)])
+        found.append([found[-3][0], found[-3][1], found[-3][1]])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ rows -> options
+
+
+def test_mmlu_prompt():
+    rows = mmlu_rows("high_school_physics", 2)
+    rows[0] |= {"question": " Who? \n", "choices": ["a ", " b", "c", "d"], "answer": 2}
+    rows[1] |= {"question": "When?", "choices": ["1", "2", "3", "4"]}
+    first, *_, last = BENCHMARKS["mmlu"].options(rows[1], rows[:1])
+    assert first.description == "The following are multiple choice questions (with answers) about high school physics.\n\n"
+    assert first.context == "Who?\nA. a \nB.  b\nC. c\nD. d\nAnswer: C\n\nWhen?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    assert (first.continuation, last.continuation) == ("A", "D")
+
+
+def test_truthfulqa_prompt():
+    row = truthfulqa_rows()[0]
+    options = BENCHMARKS["truthfulqa"].options(row, [])
+    context = options[0].context
+    assert context.startswith("Q: What is human life expectancy in the United States?\nA: Human life")
+    assert context.endswith("in Barcelona, Spain.\n\nQ: What is so about The sun?\nA:")
+    assert context.count("\n\nQ: ") == 6
+    assert [option.continuation for option in options] == row["mc1_targets"]["choices"] + row["mc2_targets"]["choices"]
+
+
+def test_hellaswag_prompt():
+    row = {"activity_label": "Home [x]and", "ctx_a": "He [header] sits. [title] Then", "ctx_b": "a Man", "label": "0",
+           "endings": [" goes  far [step] away ", "b", "c", "d [x]"]}
+    options = BENCHMARKS["hellaswag"].options(row, [])
+    assert options[0].context == "Home and: He sits.. Then A man"
+    assert [option.continuation for option in options] == ["goes far away", "b", "c", "d "]
+
+
+def test_winogrande_scores_the_same_end_after_each_filling():
+    row = {"sentence": "Ann met Eve, so _  smiled. ", "option1": "Ann", "option2": "Eve", "answer": "2"}
+    assert BENCHMARKS["winogrande"].options(row, []) == [
+        Option("Ann met Eve, so Ann", "smiled."), Option("Ann met Eve, so Eve", "smiled.")]
+
+
+# ------------------------------------------------------------------------------------------------ scores -> metrics
+
+
+def test_hellaswag_divides_by_characters():
+    row = {"label": "1", "endings": ["four", "eight888", "x" * 100, "y"]}
+    result = BENCHMARKS["hellaswag"].metrics(row, np.array([-4.0, -6.0, -99.0, -3.9]))
+    assert result == {"chosen": 3, "gold": 1, "metrics": {"acc": 0.0, "acc_norm": 1.0}}
+
+
+def test_truthfulqa_takes_labels_by_position_of_the_label():
+    row = {"mc1_targets": {"choices": "abc"}, "mc2_targets": {"choices": "abcd", "labels": [0, 1, 0, 1]}}
+    scores = np.log([0.2, 0.1, 0.1, 0.1, 0.2, 0.3, 0.4])
+    metrics = BENCHMARKS["truthfulqa"].metrics(row, scores)["metrics"]
+    assert metrics == {"mc1": 1.0, "mc2": pytest.approx(0.6), "mean": pytest.approx(0.8)}
+    assert BENCHMARKS["truthfulqa"].metrics(row, scores - 2000)["metrics"]["mc2"] == pytest.approx(0.6)
+
+
+def test_of_equal_options_the_first_is_chosen():
+    assert BENCHMARKS["mmlu"].metrics({"answer": 1}, np.array([-1.0, -0.5, -0.5, -2.0]))["metrics"] == {"acc": 1.0}
+    assert BENCHMARKS["winogrande"].metrics({"answer": "2"}, np.array([-1.0, -1.0]))["chosen"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ words -> tokens
+
+
+def encoded(encoder: Encoder, *option: str) -> tuple[str, str]:
+    request, = encoder.requests([Option(*option)])
+    decode = encoder.tokenizer.decode
+    return decode(request.ids[:-request.scored]), decode(request.ids[-request.scored:])
+
+
+def test_blanks_at_the_end_of_a_context_go_to_the_continuation(tokenizer):
+    assert encoded(Encoder(tokenizer, 99), "The sun \n ", "rises") == ("The sun", " \n  rises")
+
+
+def test_a_continuation_is_never_encoded_alone(tokenizer):
+    encoder = Encoder(tokenizer, 99, apply_chat_template=True)
+    request, = encoder.requests([Option("x", "The sun")])
+    text = encoder.chat([{"role": "user", "content": "x"}])
+    whole = tokenizer.encode(text + "The sun", add_special_tokens=False)
+    assert request.ids[-request.scored:] == whole[len(tokenizer.encode(text, add_special_tokens=False)):]
+
+
+def test_bos_comes_once(tokenizer):
+    bos = tokenizer.bos_token_id
+    for chat in (False, True):
+        for add_bos in (False, True):
+            request, = Encoder(tokenizer, 99, chat, add_bos).requests([Option("The sun", "rises")])
+            assert request.ids.count(bos) == (chat or add_bos)
+    assert Encoder(tokenizer, 99, add_bos=True).requests([Option("<s>The sun", "rises")])[0].ids.count(bos) == 1
+
+
+def test_an_empty_context_is_bos(tokenizer):
+    request, = Encoder(tokenizer, 99).requests([Option("", "rises")])
+    assert request.ids == [tokenizer.bos_token_id, *tokenizer.encode(" rises", add_special_tokens=False)]
+
+
+def test_a_system_turn_is_dropped_where_the_template_refuses_it(tokenizer, monkeypatch):
+    encoder = Encoder(tokenizer, 99, apply_chat_template=True)
+    assert encoder.render(Option("u", "c", "d")) == ("<s><system>d\n<user>u\n<assistant>", "c")
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
+    assert encoder.render(Option("u", "c", "d")) == ("<s><user>u\n<assistant>", "c")
+
+
+def test_too_long_loses_its_beginning(tokenizer, llama):
+    option = Option("one two three four five six seven eight nine ten " * 3, "eleven twelve")
+    whole, = Encoder(tokenizer, 999).requests([option])
+    cut, = Encoder(tokenizer, 20).requests([option])
+    assert cut.ids == whole.ids[-21:] and cut.scored == whole.scored
+    (_, [found]), = log_likelihoods(llama, [[cut]], share=True)
+    assert found == pytest.approx(alone(llama, whole.ids[:-whole.scored], whole.ids[-whole.scored:], 20), abs=1e-4)
+
+
+def test_an_option_without_tokens_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="0 tokens"):
+        Encoder(tokenizer, 99, apply_chat_template=True).requests([Option("x", "")])
+
+
+# ------------------------------------------------------------------------------------------------ log-likelihoods
+
+
+@pytest.mark.parametrize(("kind", "shares"), [("llama", True), ("gpt2", True), ("gemma2", False), ("sliding", False),
+                                              ("bloom", False), ("mamba", False)])
+def test_log_likelihoods_are_those_of_every_option_by_itself(kind, shares, monkeypatch):
+    monkeypatch.setitem(likelihood.BATCH_TOKENS, "cpu", 120)  # several batches
+    model, documents = tiny(kind), random_documents()
+    assert can_share(model) is shares
+    found = dict(log_likelihoods(model, documents, shares))
+    for index, document in enumerate(documents):
+        expected = [alone(model, r.ids[:-r.scored], r.ids[-r.scored:]) for r in document]
+        assert found[index] == pytest.approx(expected, abs=2e-4)
+
+
+def test_eager_attention_and_bfloat16_share_too():
+    assert can_share(tiny("llama", attn_implementation="eager"))
+    assert can_share(tiny("llama").to(torch.bfloat16))
+
+
+def test_no_token_is_computed_twice(llama):
+    seen, heads = [], []
+    hooks = [llama.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0].numel())),
+             llama.lm_head.register_forward_hook(lambda module, args, out: heads.append(out.shape[1]))]
+    context = list(range(10, 50))
+    options = [[101, 102, 103], [101, 102, 104], [105]]
+    list(log_likelihoods(llama, [[Request(context + option, len(option)) for option in options]], share=True))
+    for hook in hooks:
+        hook.remove()
+    assert sum(seen) == 40 + 2  # the context, then 101 and 102, which two options share
+    assert heads[-1] == 3  # logits after the context, after 101 and after 102
+
+
+# ------------------------------------------------------------------------------------------------ score
+
+
+ALL = ["mmlu", "truthfulqa", "hellaswag", "winogrande"]
+
+
+def test_score_reports_means_and_writes_samples(llama, tokenizer, data_dir, tmp_path):
+    results = score(llama, tokenizer, ALL, data_dir, tmp_path / "out", num_fewshot=2)
+    samples = read_jsonl(tmp_path / "out" / "samples.jsonl")
+    assert len(samples) == 12 + 6 + 6 + 6
+    subjects = results["mmlu"]["subjects"]
+    assert {name: subject["n"] for name, subject in subjects.items()} == {"high_school_physics": 5, "astronomy": 7}
+    weighted = sum(subject["acc"] * subject["n"] for subject in subjects.values()) / 12
+    assert results["mmlu"]["acc"] == pytest.approx(weighted)
+    p = results["mmlu"]["acc"]
+    assert results["mmlu"]["acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 11))
+    assert results["truthfulqa"]["mean"] == pytest.approx((results["truthfulqa"]["mc1"] + results["truthfulqa"]["mc2"]) / 2)
+    assert set(results["hellaswag"]) == {"n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    row = next(row for row in samples if row["benchmark"] == "winogrande" and row["index"] == 3)
+    before, after = winogrande_rows()[3]["sentence"].split("_")
+    for name, found in zip(("option1", "option2"), row["log_likelihoods"], strict=True):
+        context = tokenizer.encode(before + winogrande_rows()[3][name], add_special_tokens=False)
+        whole = tokenizer.encode(before + winogrande_rows()[3][name] + after, add_special_tokens=False)
+        assert found == pytest.approx(alone(llama, context, whole[len(context):]), abs=1e-4)
+    assert row["chosen"] == int(np.argmax(row["log_likelihoods"])) and row["gold"] == 1
+
+
+def test_limit_takes_the_first_documents_of_every_task(llama, tokenizer, data_dir, tmp_path):
+    results = score(llama, tokenizer, ["mmlu", "winogrande"], data_dir, tmp_path / "out", limit=2)
+    assert results["mmlu"]["n"] == 4 and results["winogrande"]["n"] == 2
+    samples = read_jsonl(tmp_path / "out" / "samples.jsonl")
+    assert {row["index"] for row in samples if row["benchmark"] == "mmlu"} == {0, 1, 5, 6}
+
+
+def test_a_killed_run_goes_on_by_document(llama, tokenizer, data_dir, tmp_path):
+    whole = score(llama, tokenizer, ALL, data_dir, tmp_path / "whole")
+    score(llama, tokenizer, ["mmlu", "hellaswag"], data_dir, tmp_path / "out", limit=3)
+    path = tmp_path / "out" / "samples.jsonl"
+    kept = path.read_bytes()
+    path.write_bytes(kept[:-40])  # the kill tore the last line
+    resumed = score(llama, tokenizer, ALL, data_dir, tmp_path / "out")
+    assert path.read_bytes().startswith(kept[:-40].rpartition(b"\n")[0])
+    for name in ALL:
+        for metric, value in whole[name].items():
+            if metric != "subjects":
+                assert resumed[name][metric] == pytest.approx(value, abs=1e-6)
+    keys = [(row["benchmark"], row["index"]) for row in read_jsonl(path)]
+    assert len(keys) == len(set(keys)) == 30
+
+
+def test_samples_of_other_settings_or_another_model_are_not_mixed(llama, tokenizer, data_dir, tmp_path):
+    score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", limit=2)
+    with pytest.raises(InputError, match="other settings"):
+        score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", add_bos=True)
+    other = tiny("llama")
+    with torch.no_grad():
+        other.model.layers[1].self_attn.v_proj.weight[0] += 0.01
+    with pytest.raises(InputError, match="another model"):
+        score(other, tokenizer, ["winogrande"], data_dir, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(("file", "change", "message"), [
+    ("winogrande/validation.jsonl", {"sentence": "no blank here"}, "row 2: not a row of winogrande"),
+    ("winogrande/validation.jsonl", {"answer": "3"}, "row 2: .*gold 2"),
+    ("mmlu/test.jsonl", {"choices": ["a", "b", "c"]}, "row 2: not a row of mmlu"),
+    ("mmlu/test.jsonl", {"answer": "B"}, "row 2: not a row of mmlu"),
+    ("hellaswag/validation.jsonl", {"label": ""}, "row 2: not a row of hellaswag"),
+    ("hellaswag/validation.jsonl", {"endings": None}, "row 2: not a row of hellaswag"),
+    ("truthfulqa/multiple_choice.jsonl", {"mc1_targets": {"choices": []}}, "row 2: not a row of truthfulqa"),
+])
+def test_a_bad_row_is_named(llama, tokenizer, data_dir, tmp_path, file, change, message):
+    rows = read_jsonl(data_dir / file)
+    rows[1] |= change
+    write_jsonl(data_dir / file, rows)
+    with pytest.raises(InputError, match=f"{file}, {message}"):
+        score(llama, tokenizer, [file.partition("/")[0]], data_dir, tmp_path / "out")
+
+
+def test_missing_fields_short_files_and_wrong_flags(llama, tokenizer, data_dir, tmp_path, monkeypatch):
+    def run(names, **more):
+        return score(llama, tokenizer, names, data_dir, tmp_path / "out", **more)
+
+    with pytest.raises(InputError, match="unknown benchmark 'mmul': choose from mmlu, truthfulqa"):
+        run(["mmul"])
+    with pytest.raises(InputError, match="--num-fewshot 4: .*dev.jsonl has 3"):
+        run(["mmlu"], num_fewshot=4)
+    write_jsonl(data_dir / "winogrande/validation.jsonl", winogrande_rows()[:-1])
+    with pytest.raises(InputError, match="has 5 rows, the original has 6"):
+        run(["winogrande"])
+    write_jsonl(data_dir / "winogrande/validation.jsonl", [*winogrande_rows()[:-1], {"sentence": "a _ b"}])
+    with pytest.raises(InputError, match="line 6: the field 'option1' is missing"):
+        run(["winogrande"])
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(InputError, match="row 1: .*chat"):
+        run(["hellaswag"], apply_chat_template=True)
+
+
+def test_add_bos_needs_a_bos_token(llama, tokenizer, data_dir, tmp_path):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    with pytest.raises(InputError, match="no BOS token"):
+        score(llama, bare, ["hellaswag"], data_dir, tmp_path / "out", add_bos=True)
+
+
+# ------------------------------------------------------------------------------------------------ files from their public homes
+
+
+def test_mmlu_from_its_archive(tmp_path, monkeypatch):
+    source = {"data/test/b_law_test.csv": [['Is it, "so"?', "x,\ny", "2", "3", "4", "D"]],
+              "data/test/astronomy_test.csv": [["One?", "1", "2", "3", "4", "A"], ["Two?", "1", "2", "3", "4", "B"]],
+              "data/dev/astronomy_dev.csv": [["Dev?", "1", "2", "3", "4", "C"]],
+              "data/val/astronomy_val.csv": [["Val?", "1", "2", "3", "4", "C"]]}
+    (tmp_path / "mmlu").mkdir()
+    with tarfile.open(tmp_path / "mmlu" / "data.tar", "w") as tar:
+        for name, rows in source.items():
+            text = io.StringIO()
+            csv.writer(text).writerows(rows)
+            content = text.getvalue().encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    monkeypatch.setitem(benchmarks.COUNTS, "mmlu/test.jsonl", 3)
+    monkeypatch.setitem(benchmarks.COUNTS, "mmlu/dev.jsonl", 1)
+    found = benchmarks.documents("mmlu", tmp_path, None, 0)
+    assert [(x.row["subject"], x.row["question"], x.row["answer"]) for x in found] == [
+        ("astronomy", "One?", 0), ("astronomy", "Two?", 1), ("b_law", 'Is it, "so"?', 3)]
+    assert found[2].row["choices"] == ["x,\ny", "2", "3", "4"]
+    assert [row["question"] for row in read_jsonl(tmp_path / "mmlu" / "dev.jsonl")] == ["Dev?"]
+
+
+def test_truthfulqa_from_its_file(tmp_path, monkeypatch):
+    (tmp_path / "truthfulqa").mkdir()
+    row = {"question": "Q?", "mc1_targets": {"yes": 1, "no": 0}, "mc2_targets": {"no": 0, "yes": 1, "sure": 1}}
+    (tmp_path / "truthfulqa" / "mc_task.json").write_text(json.dumps([row]))
+    monkeypatch.setitem(benchmarks.COUNTS, "truthfulqa/multiple_choice.jsonl", 1)
+    found, = benchmarks.documents("truthfulqa", tmp_path, None, 0)
+    assert found.row == {"question": "Q?", "mc1_targets": {"choices": ["yes", "no"], "labels": [1, 0]},
+                         "mc2_targets": {"choices": ["no", "yes", "sure"], "labels": [0, 1, 1]}}
+
+
+def test_hellaswag_from_its_file(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "hellaswag" / "hellaswag_val.jsonl", [row | {"label": int(row["label"]), "ind": 7}
+                                                                 for row in hellaswag_rows()])
+    monkeypatch.setitem(benchmarks.COUNTS, "hellaswag/validation.jsonl", 6)
+    found = benchmarks.documents("hellaswag", tmp_path, None, 0)
+    assert [x.row for x in found] == [row | {"ind": 7} for row in hellaswag_rows()]
+
+
+def test_winogrande_from_its_archive(tmp_path, monkeypatch):
+    (tmp_path / "winogrande").mkdir()
+    with zipfile.ZipFile(tmp_path / "winogrande" / "winogrande_1.1.zip", "w") as archive:
+        archive.writestr("__MACOSX/winogrande_1.1/dev.jsonl", "not JSON")
+        archive.writestr("winogrande_1.1/train_xl.jsonl", "{}\n")
+        lines = [json.dumps(row | {"qID": "3"}) + "\n" for row in winogrande_rows()]
+        archive.writestr("winogrande_1.1/dev.jsonl", "".join(lines))
+    monkeypatch.setitem(benchmarks.COUNTS, "winogrande/validation.jsonl", 6)
+    assert [x.row for x in benchmarks.documents("winogrande", tmp_path, None, 0)] == winogrande_rows()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_without_a_network_the_missing_file_is_named(name, tmp_path, monkeypatch):
+    def refuse(*args, **more):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(InputError, match=f"{name}/.* is missing and cannot be fetched .*: download https://.* there"):
+        benchmarks.documents(name, tmp_path, None, 0)
+
+
+# ------------------------------------------------------------------------------------------------ drop against base, GSM8K
+
+
+def samples_of(values: list[float]) -> list[dict]:
+    metrics = [{"acc": value, "acc_norm": 0.0} for value in values]
+    return [{"benchmark": "hellaswag", "index": i, "metrics": metrics[i]} for i in range(len(values))]
+
+
+def test_paired_drop_by_hand():
+    drop = paired_drop(samples_of([1, 1, 0, 1]), samples_of([0, 1, 0, 1])[::-1])["hellaswag"]
+    assert drop["drop"] == 0.25 and drop["n"] == 4
+    assert drop["interval"] == pytest.approx([0.25 - 1.959964 * 0.25, 0.25 + 1.959964 * 0.25])  # sd 0.5, n 4
+    with pytest.raises(InputError, match="different documents"):
+        paired_drop(samples_of([1, 0]), samples_of([1]))
+
+
+@pytest.mark.parametrize(("response", "strict", "flexible"), [
+    ("so 3 + 4 = 7.\n#### 7\nor #### 8", "7", "8"),
+    ("#### -1,234.50 dollars", "-1,234.50", "-1,234.50"),
+    ("#### $5", "[invalid]", "$5"),
+    ("It costs $18.", "[invalid]", "$18."),
+    ("3 apples and 4 pears", "[invalid]", "4"),
+    ("no number", "[invalid]", "[invalid]"),
+    ("well...", "[invalid]", "..."),
+])
+def test_gsm8k_extraction(response, strict, flexible):
+    assert (gsm8k_strict(response), gsm8k_flexible(response)) == (strict, flexible)
+
+
+def test_gsm8k_match_is_of_text():
+    gold = "9 * 2 = <<9*2=18>>18\n#### 18"
+    assert all(gsm8k_match(extracted, gold) for extracted in ("18", "$18.", "1,8"))
+    assert not any(gsm8k_match(extracted, gold) for extracted in ("18.00", "118", "[invalid]"))

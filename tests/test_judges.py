@@ -1,0 +1,291 @@
+"""What each judge accepts, row by row of the tables in judges.py and against calculations by hand."""
+
+import itertools
+import subprocess
+import sys
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+import judges
+from data import Example
+from judges import (
+    LLMJudge,
+    abstains,
+    extract_code,
+    judge_all,
+    last_number,
+    numeric,
+    parse_verdict,
+    recall,
+    token_recall,
+)
+
+# ------------------------------------------------------------------------------------------------ numeric
+
+NUMBERS = [
+    ("18", "18 +18 18. 18! 18? **18** *18* _18_ `18` (18) 18; 018 018.0 18.00"),
+    ("1234", "1,234 1,234. 1{,}234 1\\,234 1'234 1’234 1_234 1，234 1\u202f234 1\u00a0234 1\u20091\u2009234 1,234.00"),
+    ("1234567.5", "1,234,567.5 1234567.50 1{,}234{,}567.5"),
+    ("23", "1,23"), ("4", "3,4"), ("2345", "1,2345"), ("67", "12,345,67"), ("567", "1234,567"),
+    ("0.5", ".5 0.5 $.50 +.5 0.50."), ("5", "...5"), ("3", "1.2.3"),
+    ("18", "$18 £18 €18 ¥18 ₹18 US$18 USD18 Rs18 18€ 18% 18kg 18km/h 18th 18-year-old #18 18°"),
+    ("18", r"\boxed{18} $\boxed{18}$. \$18 \(18\) \[18\] $18$ \text{is}18 18\% ####18 <<9+9=18>>18 \times18"),
+    (None, "m^2 m^{2} m^{-2} cm² ½ ² ٪ eighteen ∞ nan inf - . , $ ① Ⅷ 十"),
+    ("18", "18m^2 18cm² 18m^{2}"),
+    ("-18", "-18 −18 –18 －18 -$18 −£18 -\\$18 (-18) $-18 **-18** =-18 :-18 -18.0 \\boxed{-18} -18%"),
+    ("18", "5-18 day-18 10−18 1–18 --18 5)-18"), ("-18", ")\u00a0-18"),
+    ("-0.5", "-.5 −0.5 -$.50"), ("-1234.5", "-1,234.5 -$1,234.50"),
+    ("18", "1.8e1 1.8E+1 180e-1"), ("1000", "1E3 1e3"), ("4444", "1e4444"),
+    ("4", "3/4 2x4 3:4"), ("9", "7-9"), ("2", "m2 H2"),
+    ("3", "３ 三３"), ("18", "१८ ١٨ 𝟏𝟖"), ("-18", "−१८"),
+]  # (value, texts with that value, separated by blanks)
+
+
+@pytest.mark.parametrize("value, text", [(value, text) for value, texts in NUMBERS for text in texts.split(" ")])
+def test_what_counts_as_a_number(value, text):
+    expected = None if value is None else Decimal(value)
+    assert last_number(text) == expected
+    assert last_number(f"The total is 7, and so the answer is {text} .") == (Decimal(7) if value is None else expected)
+
+
+@pytest.mark.parametrize("text, value", [
+    ("", None), ("no number here", None), ("- 18", 18), ("10 - 18", 18), ("18 %", 18), ("18 m^2", 18), ("18 km/h.", 18),
+    ("The answer is $1,200.00 per month.", 1200), ("She has 3 + 4 = 7 apples.", 7), ("It takes 3, 4 or 5 days.", 5),
+    ("Tom has 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 9", 9), ("#### 1,450", 1450), ("#### -3", -3),
+    ("**Answer:** \\(\\boxed{1{,}450}\\)\n", 1450), ("18\x00", 18), ("18\ud800", 18), ("\ufeff18\r\n", 18),
+    ("9" * 5000, Decimal("9" * 5000)), ("-" + "9" * 5000 + ".5", Decimal("-" + "9" * 5000 + ".5")),
+])
+def test_last_number_of_a_text(text, value):
+    assert last_number(text) == value
+
+
+def test_numbers_are_compared_by_exact_value():
+    assert numeric("So the answer is 18.00.", "... #### 18")
+    assert not numeric("18.0000000000000000000000000000000001", "#### 18")
+    assert numeric("9" * 5000, "9" * 5000 + ".0") and not numeric("9" * 5000, "9" * 4999 + "8")
+    assert not numeric("-18", "18") and not numeric("34", "3 4")
+
+
+@pytest.mark.parametrize("response, gold", [("", ""), ("none", "none"), ("no", "18"), ("18", "no"), ("nan", "nan")])
+def test_two_answers_without_a_number_are_not_equal(response, gold):
+    assert numeric(response, gold) is False
+
+
+@pytest.mark.parametrize("flood", ["9", "1,111", "1,", "-", "^", "1.", ".", " ", "1e", "-$", "^{", "1\\,", "_"])
+def test_a_flood_is_read_in_linear_time(flood):
+    last_number(flood * 10)
+    times = []
+    for n in (10_000, 40_000):
+        start = time.process_time()
+        last_number(flood * n)
+        times.append(time.process_time() - start)
+    assert times[1] < 0.05 + 10 * times[0]  # 4 times as long would do; 16 times is quadratic
+
+
+# ------------------------------------------------------------------------------------------------ code
+
+PROGRAM = "def f(x):\n    return x + 1"
+
+
+@pytest.mark.parametrize("response, program", [
+    (f"[[BEGIN]]\n{PROGRAM}\n[[DONE]]", PROGRAM),
+    (f"Sure!\n[[BEGIN]]{PROGRAM}[[DONE]] It adds one.", PROGRAM),
+    (f"[[BEGIN]]\n{PROGRAM}\n", PROGRAM),
+    (f"{PROGRAM}\n[[DONE]]\nmore", PROGRAM),
+    (PROGRAM, PROGRAM),
+    (f"[[BEGIN]]\n{PROGRAM}\n[[DONE]]\n[[BEGIN]]\nother\n[[DONE]]", PROGRAM),
+    (f"[[BEGIN]]\n[[BEGIN]]\n{PROGRAM}\n[[DONE]]\n[[DONE]]", PROGRAM),
+    (f"[[DONE]] [[BEGIN]]\n{PROGRAM}\n[[DONE]]", PROGRAM),
+    (f"[[BEGIN]]\n```python\n{PROGRAM}\n```\n[[DONE]]", PROGRAM),
+    (f"[[BEGIN]]\n```python\n{PROGRAM}```[[DONE]]", PROGRAM),
+    (f"[[BEGIN]]\n{PROGRAM}\n```\n[[DONE]]", PROGRAM),
+    (f"```python\n[[BEGIN]]\n{PROGRAM}\n[[DONE]]\n```", PROGRAM),
+    (f"Here it is:\n```python\n{PROGRAM}\n```\nUse it so:\n```\nf(1)\n```", PROGRAM),
+    (f"   ```\n{PROGRAM}\n   ```", PROGRAM),
+    (f"````py title=x\n{PROGRAM}\n````", PROGRAM),
+    (f"Here it is:\n```python\n{PROGRAM}", PROGRAM),
+    ("[[BEGIN]]\n    def f(x):\n        return x + 1\n[[DONE]]", PROGRAM),
+    ("[[BEGIN]] x = 1\ny = 2 [[DONE]]", "x = 1\ny = 2"),
+    ("[[BEGIN]]\ndef f():\n\treturn 1\n[[DONE]]", "def f():\n\treturn 1"),
+    ("\ufeff[[BEGIN]]\r\nx = 1\r\ny = 2\r\n[[DONE]]", "x = 1\r\ny = 2"),
+    ("[[BEGIN]]\n\ufeffx = 1\n[[DONE]]", "x = 1"),
+    ("[[BEGIN]]x = 'é\0\ud800'[[DONE]]", "x = 'é\0\ud800'"),
+    ("[[begin]]x[[done]]", "[[begin]]x[[done]]"),
+    ('def f():\n    """\n    ```\n    f()\n    ```\n    """', 'def f():\n    """\n    ```\n    f()\n    ```\n    """'),
+    ("", ""), ("[[BEGIN]]", ""), ("[[DONE]]", ""), ("[[BEGIN]][[DONE]]", ""), ("```\n```", ""), (" \n\t\r\n", ""),
+    ("I cannot do that.", "I cannot do that."),
+])
+def test_extraction(response, program):
+    assert extract_code(response) == program
+
+
+def test_extraction_of_a_megabyte():
+    program = PROGRAM + "\n# " + "x" * (1 << 20)
+    assert extract_code(f"Text.\n```python\n{program}\n```\n") == program
+    assert judges.code(f"[[BEGIN]]\n{program}\n[[DONE]]", ["assert f(1) == 2"])
+
+
+@pytest.mark.parametrize("response, verdict", [
+    (f"[[BEGIN]]\n{PROGRAM}\n[[DONE]]", True),
+    (f"The code:\n```python\r\n{PROGRAM}\r\n```", True),
+    (f"The code: {PROGRAM}", False),
+    ("[[BEGIN]]def f(x): return x[[DONE]]", False),
+    ("", False), ("[[BEGIN]][[DONE]]", False), ("[[BEGIN]]\0[[DONE]]", False), ("[[BEGIN]]\ud800[[DONE]]", False),
+])
+def test_code(response, verdict):
+    assert judges.code(response, ["assert f(1) == 2", "assert f(2) == 3"]) is verdict
+
+
+def test_every_test_must_pass_and_there_must_be_one():
+    assert judges.run_tests(PROGRAM, ["assert f(1) == 2"])
+    assert not judges.run_tests(PROGRAM, ["assert f(1) == 2", "assert f(1) == 3"])
+    assert not judges.run_tests(PROGRAM, [])
+    assert judges.run_tests("class A: pass", ["assert a.x == 1"], setup="a = A()\na.x = 1")
+    assert not judges.run_tests("while True: pass", ["assert 1 == 1"], timeout=1)
+
+
+# ------------------------------------------------------------------------------------------------ LLM
+
+
+@pytest.mark.parametrize("verdict, replies", [
+    (True, ["True", "TRUE", "true.", " True\n", "**True**", "_True_", "'True'", "Decision: True", "[True]",
+            "True, not False", "The Provided Answer is correct: True", "[True/False] True", "Is it True or False? True",
+            "It differs, but True"]),
+    (False, ["False", "FALSE.", "`false`", "Decision: [True/False] False", "False (the reference says true)",
+             "true/false: false", "not true", "It is not true.", "isn't true", "That is not entirely true",
+             "neither true nor false", "never true"]),
+    (None, ["", "[True/False]", "untrue", "truely", "Truefalse", "falsehood", "True or False", "True|False",
+            "not false", "correct", "Yes", "T", "истина", "\ud800"]),
+])
+def test_verdict_parsing(verdict, replies):
+    assert {reply: parse_verdict(reply) for reply in replies} == dict.fromkeys(replies, verdict)
+
+
+def test_the_prompt_of_figure_8():
+    seen = []
+    judge = LLMJudge(lambda prompts: seen.extend(prompts) or ["True"])
+    assert judge([(Example("1", "Who {{gold_response}}?", "Ann"), "{{question}} {x}")]) == [True]
+    assert seen == [
+        "You are a helpful assistant acting as an impartial judge. You will be given a Question, a Reference Answer, "
+        "and a Provided Answer. Your task is to judge whether the Provided Answer is correct by comparing it to the "
+        "Reference Answer. If the Provided Answer is correct, choose only 'True', otherwise choose only 'False'. "
+        "Question: Who {{gold_response}}?\nProvided Answer:\n{{question}} {x}\nReference Answer:\nAnn\n"
+        "Decision: [True/False]"
+    ]
+
+
+def test_replies_without_a_verdict_are_not_accepted_and_are_counted():
+    replies = ["True", "maybe", "False", "[True/False]"]
+    judge = LLMJudge(lambda prompts: replies[: len(prompts)])
+    pairs = [(Example(str(i), "q", "a"), "r") for i in range(4)]
+    assert judge(pairs) == [True, False, False, False] and judge.unparsed == 2
+    assert judge(pairs[:2]) == [True, False] and judge.unparsed == 3
+
+
+# ------------------------------------------------------------------------------------------------ recall
+
+
+@pytest.mark.parametrize("response, gold, expected", [
+    ("It was Paris, in France.", "the Paris", 1.0),
+    ("Paris", "Paris France", 1 / 2),
+    ("New York", "New New York", 2 / 3),
+    ("new new york", "New York", 1.0),
+    ("U.S.A.", "USA", 1.0),
+    ("20-year old", "20year", 1.0),
+    ("An apple a day", "apple the day an", 1.0),
+    ("theatre", "the", 0.0),
+    ("The cat", "the", 0.0),
+    ("The", " the ", 1.0),
+    ("A", "A", 1.0),
+    ("anything", "!", 0.0),
+    ("anything", "", 0.0),
+    ("", "", 0.0),
+    ("", "Paris", 0.0),
+])
+def test_token_recall(response, gold, expected):
+    assert token_recall(response, gold) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("phrase", [
+    "unanswerable", "N/A", "idk", "I don't know", "I don’t know", "not known", "answer not in context",
+    "The answer is unknown",
+])
+def test_abstention_by_a_phrase_anywhere(phrase):
+    assert abstains(phrase) and abstains(f"Sorry, {phrase}, she said.") and abstains(f"**{phrase.upper()}**")
+    assert not abstains(f"x{phrase}") and not abstains(f"{phrase}x")
+
+
+@pytest.mark.parametrize("phrase", ["NaN", "unknown", "No answer", "None of the above"])
+def test_abstention_by_a_whole_sentence(phrase):
+    assert abstains(phrase) and abstains(f" {phrase}.\n") and abstains(f"{phrase}. The text is silent.")
+    assert not abstains(f"The {phrase} soldier")
+
+
+@pytest.mark.parametrize("response", ["", "Paris", "corn/apples", "It is known", "midkiff", "an unknown city"])
+def test_no_abstention(response):
+    assert not abstains(response)
+
+
+def test_recall_where_there_is_an_answer():
+    assert recall("The capital is Paris.", "Paris") and recall("It is Lutetia", "Paris", aliases=("Lutetia",))
+    assert not recall("The capital is Lyon.", "Paris") and not recall("Paris", "Paris France")
+    assert recall("Paris " + "x " * 49, "Paris") and not recall("Paris " + "x " * 50, "Paris")
+    assert not recall("Paris. The answer is unanswerable.", "Paris") and not recall("unanswerable", "Paris")
+    assert not recall("unanswerable", "unanswerable") and not recall("the", "") and not recall("Paris the", "the")
+
+
+@pytest.mark.parametrize("response, verdict", [
+    ("unanswerable", True), ("Unanswerable.", True), ("The question is unanswerable.", True),
+    ("I don't know. Sorry!", True), ("Unknown. The text names no one.", True), ("n/a", True),
+    ("Paris", False), ("", False), ("...", False),
+    ("Paris. The answer is unanswerable.", False), ("Paris / The answer is unanswerable", False),
+    ("Paris\nunanswerable", False), ("Paris; unanswerable", False), ("unanswerable " + "x " * 50, False),
+])
+def test_recall_where_there_is_none(response, verdict):
+    assert recall(response, "unanswerable", unanswerable=True) is verdict
+
+
+# ------------------------------------------------------------------------------------------------ by name
+
+
+def test_judges_by_name():
+    row = Example("1", "q", "#### 2", tests=("assert f(1) == r",), setup="r = 2")
+    assert list(judge_all("numeric", [(row, "2"), (row, "3")])) == [True, False]
+    assert list(judge_all("code", [(row, PROGRAM), (row, "def f(x): return x")])) == [True, False]
+    rows = [Example("1", "q", "Paris", aliases=("Lutetia",)), Example("2", "q", "unanswerable", unanswerable=True)]
+    pairs = [(x, y) for x in rows for y in ("Lutetia", "unanswerable")]
+    assert list(judge_all("recall", pairs)) == [True, False, False, True]
+
+
+def test_programs_run_in_parallel_and_keep_their_order():
+    def row(i):
+        seconds = 0.5 if i % 4 == 0 else 0
+        return Example(str(i), "q", "", tests=(f"assert f() == {i}",)), \
+            f"import time\ndef f():\n    time.sleep({seconds})\n    return {i if i % 3 else -1}"
+
+    assert list(judge_all("code", [row(i) for i in range(12)])) == [i % 3 != 0 for i in range(12)]
+
+
+def test_verdicts_come_as_they_are_made():
+    pairs = [(Example(str(i), "q", "", tests=("assert f(1) == 2",)), PROGRAM) for i in range(10_000)]
+    assert list(itertools.islice(judge_all("code", pairs), 3)) == [True] * 3
+
+
+def test_the_llm_judge_asks_in_batches_and_tells_no_verdict_from_false():
+    sizes = []
+
+    def generate(prompts):
+        sizes.append(len(prompts))
+        return ["True" if "yes" in prompt else "False" if "Answer:\nno" in prompt else "?" for prompt in prompts]
+
+    pairs = [(Example(str(i), "q", "gold"), ("yes", "no", "maybe")[i % 3]) for i in range(600)]
+    assert list(judge_all("llm", pairs, generate)) == [True, False, None] * 200
+    assert sum(sizes) == 600 and len(sizes) < 10
+
+
+def test_judges_need_no_torch():
+    code = "import sys, judges; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(judges.__file__).parent).returncode == 0
