@@ -2,6 +2,8 @@
 
     python evaluate.py --out RUN                                     the run's report: Tables 2 and 3, Fig. 2, drift
     python evaluate.py --out RUN --benchmarks mmlu,hellaswag         and Table 4: what fine-tuning made the model forget
+    python evaluate.py --out RUN --task musique                      the run's models on another task, into RUN/on_musique
+    python evaluate.py --out RUN --audit 200                         the judge against people: see audit.py
     python evaluate.py --out F --model M --benchmarks mmlu           a model on its own
 
 Reads the folder that s3ft.py wrote and adds, for the base model and every trained one, test.jsonl (the answers) and
@@ -22,7 +24,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import NormalDist
 
 import torch
 import transformers
@@ -33,12 +34,14 @@ import benchmarks
 import judges
 import lora
 import sandbox
+from audit import audit
 from data import EXAMPLES, Example, Task, chat_ids, load_task, prompt, training_ids
 from files import (InputError, append_jsonl, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
                    write_json, write_jsonl)
 from generate import generate
 from model import load_model, log_probs, packs, target_logits
 from report import write_benchmark_report, write_report
+from stats import mcnemar, wilson
 
 # ------------------------------------------------------------------------------------------------ answers and verdicts
 
@@ -145,33 +148,6 @@ def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
     return sum(map(bool, judges.judge_all(task.judge, pairs, asker(model, tokenizer)))) / len(pairs)
 
 
-# ------------------------------------------------------------------------------------------------ statistics
-
-Z95 = NormalDist().inv_cdf(0.975)
-
-
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval for a proportion (Wilson, 1927)."""
-    p, z2 = successes / n, Z95**2
-    center = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2)) / (1 + z2 / n)
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def mcnemar(a: list[bool], b: list[bool]) -> dict:
-    """Paired comparison of two models on the same rows: accuracy difference a - b, its 95 % interval, and McNemar's exact p.
-
-    Only rows on which the models disagree count: under H0 each is a fair coin. The interval is Wald's for paired proportions.
-    """
-    wins = sum(x and not y for x, y in zip(a, b, strict=True))
-    losses = sum(y and not x for x, y in zip(a, b, strict=True))
-    n, split = len(a), wins + losses
-    tail = sum(math.comb(split, k) for k in range(min(wins, losses) + 1)) / 2**split
-    difference = (wins - losses) / n
-    half = Z95 * math.sqrt(max(split - (wins - losses) ** 2 / n, 0)) / n
-    return {"difference": difference, "interval": [difference - half, difference + half], "p": min(1.0, 2 * tail)}
-
-
 # ------------------------------------------------------------------------------------------------ drift and Fig. 2
 
 
@@ -225,22 +201,33 @@ def trained_methods(run: Path) -> list[str]:
 def evaluate_run(run: Path, args) -> dict:
     """Everything about the run's models that report.md shows, as one dictionary (results.json)."""
     config = read_config(run)
+    out = results_folder(run, args)
+    if args.task:
+        config |= {"trained_on": config["task"], "task": args.task, "files": None, "judge": None, "max_new_tokens": None}
     task, (train, _, test) = task_of(config, args.data)
     announce_sandbox(task, args.sandbox)
     model, tokenizer = load_model(config["model"], args.device, config["dtype"])
-    results = {"config": config, "machine": machine(model), "log_probabilities": None, "models": {}}
-    if (run / "predictions.jsonl").exists():
+    results = {"config": config, "machine": machine(model), "log_probabilities": None, "models": {},
+               "reflect": None if args.task else reflect_summary(run)}
+    if (out / "predictions.jsonl").exists():
         results["log_probabilities"] = log_probabilities(model, tokenizer, task, train, run)
     for name in ["base", *trained_methods(run)]:
+        trained = None
         if name != "base":
             load_adapter(model, run / name)
-        results["models"][name] = evaluate_model(model, tokenizer, task, test, run, name)
+            trained = read_json(run / name / "training.json")
+        results["models"][name] = evaluate_model(model, tokenizer, task, test, out, name, trained)
         if config["task"] == "gsm8k":
-            results["models"][name]["harness"] = harness_accuracy(run / name / "test.jsonl", test)
+            results["models"][name]["harness"] = harness_accuracy(out / name / "test.jsonl", test)
         if args.benchmarks:
-            results["models"][name]["benchmarks"] = benchmark_run(model, tokenizer, run, name, args)
-    compare(results["models"], run, test)
+            results["models"][name]["benchmarks"] = benchmark_run(model, tokenizer, out, name, args)
+    compare(results["models"], out, test)
     return results
+
+
+def results_folder(run: Path, args) -> Path:
+    """The run's own folder, or the one in it for another task than it was trained on."""
+    return run / f"on_{args.task}" if args.task else run
 
 
 def load_adapter(model, folder: Path) -> None:
@@ -250,22 +237,25 @@ def load_adapter(model, folder: Path) -> None:
         raise InputError(str(error)) from None
 
 
-def evaluate_model(model, tokenizer, task: Task, test: list[Example], run: Path, name: str) -> dict:
-    template = task.predict if name == "base" else task.train
+def evaluate_model(model, tokenizer, task: Task, test: list[Example], run: Path, name: str, trained: dict | None) -> dict:
+    """One model's row of the report; `trained` is its training.json, None for the base model."""
+    template = task.train if trained else task.predict
     prompts = {x.id: prompt(template, x) for x in test}
     rows = respond(model, tokenizer, task, prompts, run / name / "test.jsonl")
-    verdicts = judged(model, tokenizer, task, [(x, rows[x.id]["response"]) for x in test], run / name / "test.judged.jsonl")
+    pairs = [(x, rows[x.id]["response"]) for x in test]
+    verdicts = judged(model, tokenizer, task, pairs, run / name / "test.judged.jsonl")
     correct = sum(map(bool, verdicts.values()))
     result = {
         "accuracy": correct / len(test), "interval": wilson(correct, len(test)), "n": len(test),
         "length_limit_hit": sum(not row.get("finished", True) for row in rows.values()),
         "unreadable_verdicts": sum(verdict is None for verdict in verdicts.values()),
     }
+    if any(x.context for x in test):
+        result["reading"] = judges.reading_scores(pairs)
     general = {row["id"]: row["prompt"] for row in read_jsonl(EXAMPLES / "general.jsonl", ("id", "prompt"))}
-    if name == "base":
+    if not trained:
         respond(model, tokenizer, GENERAL, general, run / "base" / "general.jsonl")
         return result
-    trained = read_json(run / name / "training.json")
     dialogues = {"general": base_dialogues(run / "base" / "general.jsonl", general),
                  "task": base_dialogues(run / "base" / "test.jsonl", {x.id: prompt(task.predict, x) for x in test[:48]})}
     drift = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
@@ -285,6 +275,20 @@ def harness_accuracy(path: Path, test: list[Example]) -> dict:
 
 def base_dialogues(path: Path, prompts: dict[str, str]) -> list[tuple[str, str]]:
     return [(prompts[row["id"]], row["response"]) for row in read_jsonl(path) if row["id"] in prompts]
+
+
+def reflect_summary(run: Path) -> str | None:
+    """What method `reflect` kept, and what of it nobody checked. None: it was not run."""
+    if not (run / "reflect.jsonl").exists():
+        return None
+    rows = read_jsonl(run / "reflect.jsonl")
+    emitted = [row for row in rows if row["emitted"]]
+    old = [row for row in emitted if row["phase_1"] != "accepted"]
+    phases = [sum(row[phase] == "accepted" for row in rows) for phase in ("phase_1", "phase_2")]
+    return (f"Selective Reflection-Tuning kept {len(emitted)} of {len(rows)} rows (new question taken: {phases[0]}, new answer "
+            f"taken: {phases[1]}). Not checked: {len(emitted) - len(old)} with a new question, for which there is no gold. "
+            f"Checked, without effect: of the {len(old)} with their own question the judge accepts "
+            f"{sum(row['judged'] is True for row in old)}.")
 
 
 def compare(models: dict, run: Path, test: list[Example]) -> None:
@@ -356,6 +360,8 @@ def parse(argv=None):
     parser.add_argument("--out", required=True, type=Path, help="the run folder that s3ft.py wrote")
     parser.add_argument("--data", default="data", help="where the data sets are (%(default)s)")
     general = parser.add_argument_group("general benchmarks (Table 4), scored as lm-evaluation-harness scores them")
+    parser.add_argument("--task", help="measure on this task's test rows instead of the run's own: out of domain")
+    parser.add_argument("--audit", type=count, metavar="N", help="draw N judged rows for a person to mark, or read them back")
     general.add_argument("--benchmarks", type=lambda text: text.split(","), metavar="LIST",
                          help=f"of {','.join(benchmarks.BENCHMARKS)}")
     general.add_argument("--model", help="score this model instead of a run's; --out is then a folder of its own")
@@ -376,11 +382,13 @@ def main(argv=None) -> None:
             raise InputError("--model goes with --benchmarks; the models of a run come from its folder")
         with locked(args.out):
             return benchmark_model(args)
-    read_config(args.out)
+    config = read_config(args.out)
     with locked(args.out):
-        results = evaluate_run(args.out, args)
-        write_json(args.out / "results.json", results)
-        print(write_report(results, args.out))
+        if args.audit:
+            return print(audit(args.out, task_of(config, args.data)[1][0], args.audit))
+        results, out = evaluate_run(args.out, args), results_folder(args.out, args)
+        write_json(out / "results.json", results)
+        print(write_report(results, out))
 
 
 if __name__ == "__main__":

@@ -38,9 +38,14 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def of_the_paper(table: dict, results: dict):
+    """The paper's row for this task; None where it has none, as for models that were trained on another task."""
+    return None if "trained_on" in results["config"] else table.get(results["config"]["task"])
+
+
 def accuracy_table(results: dict) -> str:
     """Table 2: accuracy with its interval, and each method against SFT on the same rows."""
-    paper = PAPER_ACCURACY.get(results["config"]["task"], {})
+    paper = of_the_paper(PAPER_ACCURACY, results) or {}
     rows = [accuracy_row(name, model, paper) for name, model in results["models"].items()]
     header = ["method", "accuracy %", "95 % interval", "against SFT", "drift general", "drift task", "training min", "paper %"]
     return markdown_table(header, rows)
@@ -62,12 +67,22 @@ def sources_table(results: dict) -> str:
     rows = []
     for name, model in results["models"].items():
         if "training" in model:
-            counts = [model["training"]["sources"][source] for source in SOURCES]
-            rows.append([name, str(sum(counts)), *(percent(count / sum(counts)) for count in counts)])
-    paper = PAPER_SOURCES.get(results["config"]["task"])
+            sources = model["training"]["sources"]
+            n = sum(sources.values())
+            rows.append([name, str(n), *(percent(sources[source] / n) for source in SOURCES)])
+    paper = of_the_paper(PAPER_SOURCES, results)
     if paper:
         rows.append(["s3ft in the paper", "", *map(str, paper)])
     return markdown_table(["method", "rows", "model responses %", "gold paraphrases %", "gold responses %"], rows)
+
+
+def reading_table(results: dict) -> str:
+    """SSR's setting: answerable and unanswerable rows apart, and together."""
+    metrics = ("exact", "f1", "recall", "modified_recall", "answerability")
+    rows = [[name, group, str(scores["n"]), *(percent(scores[metric]) for metric in metrics), f"{scores['words']:.1f}"]
+            for name, model in results["models"].items() for group, scores in model["reading"].items()]
+    return markdown_table(["method", "rows", "n", "exact match %", "F1 %", "recall %", "modified recall %", "answerability %",
+                           "words"], rows)
 
 
 def training_table(results: dict) -> str:
@@ -86,7 +101,7 @@ def benchmarks_table(results: dict) -> str:
         values = [headline(name, found["scores"][name]) for name in names]
         rows.append([model_name, *map(percent, values), percent(mean(values)),
                      ", ".join(drop_cell(found["drop"][name]) for name in names) if "drop" in found else ""])
-    for method, values in PAPER_BENCHMARKS.get(results["config"]["task"], {}).items():
+    for method, values in (of_the_paper(PAPER_BENCHMARKS, results) or {}).items():
         by_name = dict(zip(("mmlu", "truthfulqa", "hellaswag", "winogrande", "average"), map(str, values), strict=True))
         rows.append([f"{method} in the paper", *(by_name[name] for name in names), by_name["average"], ""])
     return markdown_table(["method", *names, "average", "drop against base, points (95 % interval)"], rows)
@@ -118,13 +133,9 @@ def write_benchmark_report(model: str, scores: dict, folder: Path) -> str:
 
 def write_report(results: dict, run: Path) -> str:
     """Write report.md (and Fig. 2, where matplotlib is installed) -> the report's text."""
-    config, machine, models = results["config"], results["machine"], results["models"]
-    n = next(iter(models.values()))["n"]
-    limit = f", first {config['limit']} rows of every split" if config["limit"] else ""
+    models = results["models"]
     parts = [
-        f"# {config['task']}: {config['model']}",
-        f"{machine['date']}, {machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}; "
-        f"{n} test rows{limit}, judge: {config['judge'] or 'the task’s own'}.",
+        *heading(results),
         "## In-domain accuracy (Table 2) and drift",
         accuracy_table(results),
         "Intervals: Wilson. Against SFT: difference in points on the same rows, McNemar's exact test. Drift: mean "
@@ -133,13 +144,33 @@ def write_report(results: dict, run: Path) -> str:
         f"{counts(models, 'unreadable_verdicts')}.",
         "## Where the training targets come from (Table 3)",
         sources_table(results),
+        *([results["reflect"]] if results["reflect"] else []),
         "## Training",
         training_table(results),
+        *log_probability_section(results["log_probabilities"], run),
+        *optional_sections(results),
     ]
-    if results["log_probabilities"]:
-        parts += ["## Log-probability under the base model (Fig. 2)", log_probability_lines(results["log_probabilities"])]
-        if draw_log_probabilities(results["log_probabilities"], run / "figures" / "log_probability.svg"):
-            parts.append("![Fig. 2](figures/log_probability.svg)")
+    text = "\n\n".join(parts) + "\n"
+    write_text(run / "report.md", text)
+    return text
+
+
+def heading(results: dict) -> list[str]:
+    config, machine = results["config"], results["machine"]
+    trained_on = f" (trained on {config['trained_on']})" if "trained_on" in config else ""
+    limit = f", first {config['limit']} rows of every split" if config["limit"] else ""
+    n = next(iter(results["models"].values()))["n"]
+    return [f"# {config['task']}{trained_on}: {config['model']}",
+            f"{machine['date']}, {machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}; "
+            f"{n} test rows{limit}, judge: {config['judge'] or 'the task’s own'}."]
+
+
+def optional_sections(results: dict) -> list[str]:
+    """What only some tasks and commands have."""
+    models, parts = results["models"], []
+    if all("reading" in model for model in models.values()):
+        parts += ["## Reading comprehension, as SSR reports it", reading_table(results),
+                  "Recall, modified recall (our definition), answerability: see `judges.reading_row`."]
     if all("benchmarks" in model for model in models.values()):
         parts += ["## General benchmarks (Table 4)", benchmarks_table(results),
                   "`truthfulqa` is the mean of mc1 and mc2. Drops: on the same documents, intervals of paired differences."]
@@ -147,9 +178,16 @@ def write_report(results: dict, run: Path) -> str:
         parts += ["## GSM8K as lm-evaluation-harness reads it", markdown_table(
             ["method", "strict %", "flexible %"],
             [[name, *(percent(value) for value in model["harness"].values())] for name, model in models.items()])]
-    text = "\n\n".join(parts) + "\n"
-    write_text(run / "report.md", text)
-    return text
+    return parts
+
+
+def log_probability_section(scores: dict | None, run: Path) -> list[str]:
+    if not scores:
+        return []
+    parts = ["## Log-probability under the base model (Fig. 2)", log_probability_lines(scores)]
+    if draw_log_probabilities(scores, run / "figures" / "log_probability.svg"):
+        parts.append("![Fig. 2](figures/log_probability.svg)")
+    return parts
 
 
 def counts(models: dict, field: str) -> str:

@@ -20,6 +20,7 @@ import dataclasses
 import io
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from files import (InputError, amount, append_jsonl, count, exit_cleanly, fail, 
 from generate import Sampling
 from judges import JUDGES
 from model import best_device, load_model, log_probs, peak_memory_gib, target_logits
+from reflect import reflect
 
 # ------------------------------------------------------------------------------------------------ the methods
 
@@ -86,7 +88,7 @@ def rft(D, base, k=4):
             yield x, max(accepted, key=lambda y: y.log_prob).text, "prediction"
 
 
-METHODS = {"sft": sft, "sdft": sdft, "ssr": ssr, "s3ft": s3ft, "rft": rft}
+METHODS = {"sft": sft, "sdft": sdft, "ssr": ssr, "s3ft": s3ft, "rft": rft, "reflect": reflect}
 
 
 # ------------------------------------------------------------------------------------------------ the base model
@@ -112,8 +114,8 @@ class Judged:
 class BaseModel:
     """M_θ0 with a task and its judge. Every response and verdict is kept in the run folder, and never made twice."""
 
-    def __init__(self, model, tokenizer, task: Task, run: Path):
-        self.model, self.tokenizer, self.task, self.run = model, tokenizer, task, run
+    def __init__(self, model, tokenizer, task: Task, run: Path, teacher: str | None = None):
+        self.model, self.tokenizer, self.task, self.run, self.teacher = model, tokenizer, task, run, teacher
 
     def gold(self, x: Example) -> str:
         return self.task.gold(x)
@@ -268,11 +270,14 @@ def load_checkpoint(model, optimizer, folder: Path) -> dict:
 
 
 def build(method, D: list[Example], base: BaseModel, path: Path) -> list[dict]:
-    """D' as rows {id, prompt, response, source}, written to `path` once and read from there afterwards."""
+    """D' as rows {id, prompt, response, source}, written to `path` once and read from there afterwards.
+
+    A method may yield a dictionary of its own beside (x, target, source); its fields are written with the row.
+    """
     if not path.exists():
         targets = METHODS[method](D, base)
         write_jsonl(path, [{"id": x.id, "prompt": prompt(base.task.train, x), "response": target, "source": source}
-                           for x, target, source in targets])
+                           | dict(*further) for x, target, source, *further in targets])
     return read_jsonl(path, ("id", "prompt", "response", "source"))
 
 
@@ -324,10 +329,10 @@ def run(args) -> None:
         announce_cpu(model, tokenizer, task, D, args)
     inject(model, args)  # before hours of generation: a wrong --target-modules must not come to light after them
     with lora.disabled(model):
-        rows = build(args.method, D, BaseModel(model, tokenizer, task, args.out), folder / "train.jsonl")
+        rows = build(args.method, D, BaseModel(model, tokenizer, task, args.out, args.teacher), folder / "train.jsonl")
     if not rows:
         raise InputError(f"{args.name}: no row of the training data is left, nothing was accepted")
-    sources = {source: sum(row["source"] == source for row in rows) for source in ("prediction", "paraphrase", "gold")}
+    sources = {"prediction": 0, "paraphrase": 0, "gold": 0} | Counter(row["source"] for row in rows)
     print(f"{args.name}: {len(rows)} rows, " + ", ".join(f"{n / len(rows):.1%} {source}" for source, n in sources.items()))
     encoded = encode_rows(model, tokenizer, rows, folder / "train.jsonl")
     if args.gradient_checkpointing:
@@ -377,6 +382,7 @@ def parse(argv=None):
     generation.add_argument("--max-new-tokens", type=count, help="length limit of a response (default: the task's)")
     generation.add_argument("--sandbox", choices=("best", "strict"), default="best",
                             help="code judge: strict refuses to run where a layer of isolation is missing (%(default)s)")
+    generation.add_argument("--teacher", metavar="NAME_OR_FOLDER", help="reflect: who rewrites (default: the base model)")
     adapter = parser.add_argument_group("LoRA (section 3)")
     adapter.add_argument("--rank", type=count, default=8, help="r (%(default)s)")
     adapter.add_argument("--alpha", type=amount, default=16, help="scale = alpha / r (%(default)s)")

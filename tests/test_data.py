@@ -34,7 +34,8 @@ def test_gsm8k_prompts_read_as_figures_3_5_and_7():
 def test_mbpp_prompts_read_as_figures_4_and_6():
     x = Example("1", "Add two numbers", "code", tests=("assert a", "assert b", "assert c"))
     task = data.TASKS["mbpp"]
-    only_code = "Generate only the python code encapsulated between [[BEGIN]] and [[DONE]] tags. Do not generate any explanation."
+    only_code = ("Generate only the python code encapsulated between [[BEGIN]] and [[DONE]] tags. "
+                 "Do not generate any explanation.")
     assert task.train == task.predict
     assert data.prompt(task.predict, x) == (
         "You are an expert Python programmer, and here is your task: Add two numbers. Your code should pass these tests:\n"

@@ -111,7 +111,7 @@ def run(tiny, tmp_path):
     files = [f"--{split}-file={tmp_path / 'rows.jsonl'}" for split in ("train", "val", "test")]
     for method in ("s3ft", "sft", "sdft"):
         s3ft.main(["--task=custom", "--judge=numeric", f"--method={method}", f"--model={tiny}", f"--out={out}", *files,
-                   "--steps=2", "--max-new-tokens=4", "--device=cpu", "--lr=0.01"])
+                   "--steps=2", "--max-new-tokens=4", "--device=cpu", "--lr=0.01", "--limit=8"])
     return out
 
 
@@ -165,6 +165,25 @@ def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
     evaluate.main([*argv, f"--out={tmp_path / 'adapted'}", f"--adapter={run / 'sft'}"])
     rows = [read_jsonl(tmp_path / name / "samples.jsonl")[0]["log_likelihoods"] for name in ("alone", "adapted")]
     assert rows[0] != rows[1]
+
+
+def test_another_task_than_the_run_was_trained_on(run, capsys):
+    evaluate.main([f"--out={run}", "--device=cpu", "--task=reading"])
+    results = json.loads((run / "on_reading" / "results.json").read_text())
+    assert not (run / "results.json").exists() and results["config"]["trained_on"] == "custom"
+    assert results["models"]["sft"]["n"] == 8 and results["models"]["sft"]["reading"]["all"]["n"] == 8
+    report = capsys.readouterr().out
+    assert "# reading (trained on custom)" in report and "| base | unanswerable |" in report
+
+
+def test_the_audit_draws_rows_and_reads_them_back(run, capsys):
+    evaluate.main([f"--out={run}", "--audit=6"])
+    sheet = (run / "audit.csv").read_text().splitlines()
+    assert len(sheet) == 7 and sheet[0].endswith(",human")
+    (run / "audit.csv").write_text("\n".join([sheet[0], *(line + "yes" for line in sheet[1:])]))
+    evaluate.main([f"--out={run}", "--audit=6"])
+    accepted = sum(row["accepted"] for row in read_jsonl(run / "audit.jsonl"))
+    assert 0 < accepted < 6 and f"false reject: {6 - accepted} of 6" in capsys.readouterr().out
 
 
 def test_evaluating_twice_makes_nothing_again(run):

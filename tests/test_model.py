@@ -58,7 +58,8 @@ def test_packed_loss_has_the_gradients_of_a_padded_batch(checkpointing):
     width = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
     attend = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows])
-    labels = torch.tensor([[t if m else -100 for t, m in zip(*row, strict=True)] + [-100] * (width - len(row[0])) for row in rows])
+    labels = torch.tensor([[token if target else -100 for token, target in zip(*row, strict=True)]
+                           + [-100] * (width - len(row[0])) for row in rows])
     logits = padded(ids, attention_mask=attend).logits[:, :-1]
     F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum").backward()
     for (name, a), b in zip(packed.named_parameters(), padded.parameters(), strict=True):

@@ -375,10 +375,28 @@ def test_rft_without_an_accepted_sample_says_so(command, capsys):
     assert "nothing was accepted" in refuse([*command[0], "--method=rft"], capsys)
 
 
+def test_reflect_is_a_method_like_the_others(command, loaded):
+    """The teacher's replies are given here; the tiny model's scores decide which of them stay."""
+    argv, out = command
+    for kind, tags in (("instructions", ("New Instruction", "New Answer")), ("responses", ("Better Answer",))):
+        replies = {x["id"]: " ".join(f"[{tag}] {chr(97 + len(tags) * i) * (i + 9)} [End]" for tag in tags)
+                   for i, x in enumerate(QUESTIONS)}
+        write_jsonl(out / f"reflect_{kind}.jsonl", [{"id": name, "response": reply} for name, reply in replies.items()])
+    s3ft.main([*argv, "--method=reflect"])
+    trace = {row["id"]: row for row in read_jsonl(out / "reflect.jsonl")}
+    kept = read_jsonl(out / "reflect" / "train.jsonl")
+    assert kept and {row["id"] for row in kept} == {name for name, row in trace.items() if row["emitted"]}
+    for row in kept:
+        assert row["source"] == "reflection" and row["response"] == trace[row["id"]]["response"]
+        assert row["scores"] == trace[row["id"]]["scores"] and row["scores"]["phase_2"]["ifd"] < 1
+
+
 def test_the_order_of_imports_is_downward():
     """Each module imports only modules above it in this list."""
-    order = ["files", "data", "generate", "sandbox", "judges", "lora", "model", "benchmarks", "report", "evaluate", "s3ft"]
     import ast
+    order = ["files", "records", "stats", "reading", "data", "generate", "sandbox_child", "sandbox", "judges", "lora", "model",
+             "likelihood", "benchmarks", "report", "audit", "evaluate", "reflect", "s3ft"]
+    assert sorted(order) == sorted(path.stem for path in ROOT.glob("*.py"))
     for i, name in enumerate(order):
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]

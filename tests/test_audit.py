@@ -1,0 +1,137 @@
+"""Drawing judged rows for a person, and the agreement with what the person says, against calculations by hand."""
+
+import csv
+import json
+
+import pytest
+
+from audit import audit, compare
+from data import Example
+from files import InputError, read_jsonl, write_jsonl
+from stats import kappa, wilson
+
+
+@pytest.fixture
+def run(tmp_path):
+    """30 predictions, 18 of them accepted; 12 paraphrases, 6 of them accepted, one with a verdict that could not be read."""
+    for kind, count, right in (("predictions", 30, 18), ("paraphrases", 12, 6)):
+        texts = [f"={kind} {i},\n\"quoted\"" for i in range(count)]
+        verdicts = [i < right or (None if i == 11 else False) for i in range(count)]
+        write_jsonl(tmp_path / f"{kind}.jsonl", [{"id": f"r{i}", "response": text} for i, text in enumerate(texts)])
+        write_jsonl(tmp_path / f"{kind}.judged.jsonl", [{"id": f"r{i}", "accepted": v} for i, v in enumerate(verdicts)])
+    return tmp_path
+
+
+D = [Example(f"r{i}", f"question {i}", f"gold {i}", f"context {i}") for i in range(30)]
+
+
+def sheet(run):
+    with open(run / "audit.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fill(run, marks, delimiter=",", encoding="utf-8"):
+    """Write the sheet again as a spreadsheet would, with a mark for every row, in the opposite order."""
+    rows = sheet(run)
+    with open(run / "audit.csv", "w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows([row | {"human": mark} for row, mark in zip(rows, marks, strict=True)][::-1])
+
+
+def test_a_sample_in_the_proportion_of_the_verdicts(run):
+    assert "14 rows; fill the column human" in audit(run, D, 14)
+    rows, keys = sheet(run), read_jsonl(run / "audit.jsonl")
+    assert list(rows[0]) == ["row", "question", "context", "gold", "response", "human"]
+    assert sum(key["accepted"] for key in keys) == 8  # of 42 judged, 24 accepted
+    for i, (row, key) in enumerate(zip(rows, keys, strict=True), 1):
+        number = key["id"][1:]
+        assert (row["row"], key["row"], row["human"]) == (str(i), i, "")
+        assert row["response"] == f"'={key['kind']} {number},\n\"quoted\""  # no formula for a spreadsheet
+        assert (row["question"], row["context"], row["gold"]) == (f"question {number}", f"context {number}", f"gold {number}")
+    assert len({(key["kind"], key["id"]) for key in keys}) == 14
+
+
+def test_the_sample_depends_on_the_seed_alone(run):
+    drawn = []
+    for seed in (0, 0, 1):
+        audit(run, D, 14, seed)
+        drawn.append((run / "audit.csv").read_bytes())
+        (run / "audit.csv").unlink()
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_rare_verdict_is_drawn_and_more_rows_than_there_are_is_all(tmp_path):
+    write_jsonl(tmp_path / "predictions.jsonl", [{"id": f"r{i}", "response": "a"} for i in range(30)])
+    write_jsonl(tmp_path / "predictions.judged.jsonl", [{"id": f"r{i}", "accepted": i > 0} for i in range(30)])
+    audit(tmp_path, D, 5)
+    assert sorted(key["accepted"] for key in read_jsonl(tmp_path / "audit.jsonl")) == [False, True, True, True, True]
+    (tmp_path / "audit.csv").unlink()
+    audit(tmp_path, D, 500)
+    assert len(sheet(tmp_path)) == 30
+
+
+@pytest.mark.parametrize(("delimiter", "encoding"), [(",", "utf-8"), (";", "utf-8-sig")])
+def test_a_filled_sheet_is_read_by_row_number(run, delimiter, encoding):
+    audit(run, D, 14)
+    before = sheet(run)
+    assert "the column human is empty" in audit(run, D, 14) and sheet(run) == before
+    verdicts = [key["accepted"] for key in read_jsonl(run / "audit.jsonl")]
+    fill(run, ["Yes" if verdict else " no " for verdict in verdicts], delimiter, encoding)
+    text = audit(run, D, 14)
+    assert "14 of 14 rows marked; Cohen's kappa 1.00" in text and "false accept: 0 of 6, 0.0%" in text
+    assert json.loads((run / "audit.json").read_text())["agreement"]["count"] == 14
+
+
+def test_rows_left_blank_are_left_out(run):
+    audit(run, D, 14)
+    fill(run, ["yes", "no", *[""] * 12])
+    assert "2 of 14 rows marked" in audit(run, D, 14)
+
+
+def test_agreement_by_hand():
+    """Judge and person on 100 rows: 45 both yes, 25 both no, 20 judge alone yes, 10 person alone yes.
+
+    Agreement 0.70; chance 0.65 * 0.55 + 0.35 * 0.45 = 0.515; kappa (0.70 - 0.515) / 0.485 = 0.38144.
+    """
+    judge = [True] * 45 + [False] * 25 + [True] * 20 + [False] * 10
+    human = [True] * 45 + [False] * 25 + [False] * 20 + [True] * 10
+    found = compare(judge, human)
+    assert found["kappa"] == kappa(judge, human) == pytest.approx(0.185 / 0.485)
+    assert found["agreement"] == {"count": 70, "n": 100, "rate": 0.7, "interval": wilson(70, 100)}
+    assert found["false_accept"] == {"count": 20, "n": 45, "rate": 20 / 45, "interval": wilson(20, 45)}
+    assert found["false_reject"] == {"count": 10, "n": 55, "rate": 10 / 55, "interval": wilson(10, 55)}
+
+
+def test_kappa_at_its_ends():
+    assert kappa([True, False], [True, False]) == 1 and kappa([True, False], [False, True]) == -1
+    assert kappa([True, True, False, False], [True, False, True, False]) == 0
+    assert kappa([True, True], [True, True]) is None and compare([True], [True])["false_accept"]["rate"] is None
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda rows: rows[1].update(human="maybe"), "row 2: human is 'maybe'; write yes or no"),
+    (lambda rows: rows[1].update(row="1"), "entry 3: the column row holds '1'"),
+    (lambda rows: rows[1].update(row=""), "entry 3: the column row holds ''"),
+    (lambda rows: rows[1].update(row="99"), "row 99 is not one of those that were drawn"),
+])
+def test_bad_sheets_are_refused(run, change, message):
+    audit(run, D, 5)
+    rows = sheet(run)
+    change(rows)
+    with open(run / "audit.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(InputError, match=message):
+        audit(run, D, 5)
+
+
+def test_a_sample_of_no_rows(run):
+    with pytest.raises(InputError, match="--audit 0: draw at least 1 row"):
+        audit(run, D, 0)
+
+
+def test_a_run_without_judged_rows(tmp_path):
+    with pytest.raises(InputError, match="no judged predictions or paraphrases"):
+        audit(tmp_path, D, 5)
