@@ -27,7 +27,7 @@ from statistics import NormalDist, mean, stdev
 import numpy as np
 from tqdm import tqdm
 
-from files import InputError, append_jsonl, download, read_json, read_jsonl, resume_jsonl, write_json, write_jsonl
+from files import InputError, add_rows, download, read_json, read_jsonl, resume_jsonl, write_json, write_jsonl
 from likelihood import Encoder, Option, can_share, log_likelihoods, max_length, trial
 
 # ------------------------------------------------------------------------------------------------ row -> options
@@ -279,16 +279,25 @@ def score(model, tokenizer, names, data_dir, out_dir, limit=None, num_fewshot=0,
     settings = {"num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template, "add_bos": add_bos}
     check_settings(model, settings, out_dir)
     path = out_dir / "samples.jsonl"
-    samples = {(row["benchmark"], row["index"]): row for row in resume_jsonl(path)}
+    samples = by_document(resume_jsonl(path))
     encoder = Encoder(tokenizer, max_length(model, tokenizer), apply_chat_template, add_bos)
     todo = [document for key, document in wanted.items() if key not in samples]
-    with tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="document", disable=not todo) as bar:
-        for row in scored(model, encoder, todo):
-            append_jsonl(path, row)
-            samples[row["benchmark"], row["index"]] = row
+    if todo:
+        samples = by_document(add_rows(path, todo, lambda part: watched(scored(model, encoder, part), len(part)),
+                                       lambda rows: [row for _, row in sorted(by_document(rows).items())]))
+    return {name: summary([samples[key] for key in wanted if key[0] == name]) for name in names}
+
+
+def by_document(samples: list[dict]) -> dict[tuple[str, int], dict]:
+    return {(row["benchmark"], row["index"]): row for row in samples}
+
+
+def watched(samples: Iterator[dict], n: int) -> Iterator[dict]:
+    with tqdm(total=n, unit="document") as bar:
+        for row in samples:
+            yield row
             bar.set_description(row["benchmark"], refresh=False)
             bar.update()
-    return {name: summary([samples[key] for key in wanted if key[0] == name]) for name in names}
 
 
 def check_settings(model, settings: dict, out_dir: Path) -> None:

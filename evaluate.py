@@ -33,13 +33,13 @@ from tqdm import tqdm
 import benchmarks
 import judges
 import lora
+import ranks
 import sandbox
 from audit import audit
 from data import EXAMPLES, Example, Task, chat_ids, load_task, prompt, training_ids
-from files import (InputError, append_jsonl, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
-                   write_json, write_jsonl)
+from files import (InputError, add_rows, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl, write_json)
 from generate import generate
-from model import load_model, log_probs, packs, target_logits
+from model import best_device, load_model, log_probs, packs, target_logits
 from report import write_benchmark_report, write_report
 from stats import mcnemar, wilson
 
@@ -71,21 +71,24 @@ def answers(model, tokenizer, task: Task, prompts: dict[str, str], label: str, s
 
 def respond(model, tokenizer, task: Task, prompts: dict[str, str], path: Path, sampling=None) -> dict[str, dict]:
     """Responses kept in `path`, id -> row. What the file holds already, from an earlier run or another engine, is used."""
-    rows = {row["id"]: row for row in read_responses(path)}
-    todo = {name: text for name, text in prompts.items() if name not in rows}
+
+    def make(names):
+        part, label = {name: prompts[name] for name in names}, f"{path.parent.name}/{path.stem}"
+        return answers(model, tokenizer, task, part, label, sampling and replace(sampling, keys=names))
+
+    rows = read_responses(path)
+    there = {row["id"] for row in rows}
+    todo = [name for name in prompts if name not in there]
     if todo:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sampling = sampling and replace(sampling, keys=list(todo))
-        for row in answers(model, tokenizer, task, todo, f"{path.parent.name}/{path.stem}", sampling):
-            append_jsonl(path, row)
-            rows[row["id"]] = row
-        write_jsonl(path, in_order(rows, prompts))  # the same bytes, however often the run was broken off
-    return {name: rows[name] for name in prompts}
+        rows = add_rows(path, todo, make, lambda rows: in_order(rows, prompts))
+    by_id = {row["id"]: row for row in rows}
+    return {name: by_id[name] for name in prompts}
 
 
-def in_order(rows: dict[str, dict], first) -> list[dict]:
-    """Rows by id: those of `first` in its order, then the others, which this call was not asked about."""
-    return [rows[name] for name in (*first, *(name for name in rows if name not in first))]
+def in_order(rows: list[dict], first) -> list[dict]:
+    """Rows by id, the last of each: those of `first` in its order, then the others, which this call was not asked about."""
+    by_id = {row["id"]: row for row in rows}
+    return [by_id[name] for name in (*first, *(name for name in by_id if name not in first))]
 
 
 def read_responses(path: Path) -> list[dict]:
@@ -105,15 +108,19 @@ def judged(model, tokenizer, task: Task, rows: list[tuple[Example, str]], path: 
     Kept in `path` with a digest of the response, so that a response that was replaced is judged anew.
     """
     digests = {x.id: hashlib.sha256(response.encode("utf-8", "surrogatepass")).hexdigest()[:16] for x, response in rows}
-    known = {row["id"]: row for row in resume_jsonl(path) if row["digest"] == digests.get(row["id"], row["digest"])}
-    todo = [(x, response) for x, response in rows if x.id not in known]
+
+    def make(part):
+        bar = tqdm(part, desc=f"{path.parent.name}/{path.stem}", unit="row")
+        for (x, _), accepted in zip(bar, judges.judge_all(task.judge, part, asker(model, tokenizer)), strict=True):
+            yield {"id": x.id, "accepted": accepted, "digest": digests[x.id]}
+
+    verdicts = resume_jsonl(path)
+    there = {row["id"] for row in verdicts if row["digest"] == digests.get(row["id"])}
+    todo = [(x, response) for x, response in rows if x.id not in there]
     if todo:
-        bar = tqdm(todo, desc=f"{path.parent.name}/{path.stem}", unit="row")
-        for (x, _), accepted in zip(bar, judges.judge_all(task.judge, todo, asker(model, tokenizer)), strict=True):
-            known[x.id] = {"id": x.id, "accepted": accepted, "digest": digests[x.id]}
-            append_jsonl(path, known[x.id])
-        write_jsonl(path, in_order(known, digests))
-    return {x.id: known[x.id]["accepted"] for x, _ in rows}
+        verdicts = add_rows(path, todo, make, lambda verdicts: in_order(verdicts, digests))
+    by_id = {row["id"]: row["accepted"] for row in verdicts}
+    return {x.id: by_id[x.id] for x, _ in rows}
 
 
 def asker(model, tokenizer):
@@ -142,10 +149,12 @@ def announce_sandbox(task: Task, mode: str) -> None:
 
 def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
     """Accuracy of a model in training, by the task's judge; nothing is kept."""
-    prompts = {x.id: prompt(task.train, x) for x in examples}
+    mine = ranks.share(examples)
+    prompts = {x.id: prompt(task.train, x) for x in mine}
     responses = {row["id"]: row["response"] for row in answers(model, tokenizer, task, prompts, "validation")}
-    pairs = [(x, responses[x.id]) for x in examples]
-    return sum(map(bool, judges.judge_all(task.judge, pairs, asker(model, tokenizer)))) / len(pairs)
+    pairs = [(x, responses[x.id]) for x in mine]
+    correct, = ranks.totals(sum(map(bool, judges.judge_all(task.judge, pairs, asker(model, tokenizer)))))
+    return correct / len(examples)
 
 
 # ------------------------------------------------------------------------------------------------ drift and Fig. 2
@@ -155,12 +164,13 @@ def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
 def kl_drift(model, tokenizer, dialogues: list[tuple[str, str]]) -> float:
     """Mean over response tokens of KL(base || tuned), in nats; `dialogues` are (user turn, the base model's response)."""
     total, count = 0.0, 0
-    for rows in packs([training_ids(tokenizer, *dialogue) for dialogue in dialogues], tokens=2048):
+    for rows in packs([training_ids(tokenizer, *dialogue) for dialogue in ranks.share(dialogues)], tokens=2048):
         log_q = F.log_softmax(target_logits(model, rows)[0].float(), dim=-1)  # [targets, vocab]
         with lora.disabled(model):
             log_p = F.log_softmax(target_logits(model, rows)[0].float(), dim=-1)
         total += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
         count += len(log_p)
+    total, count = ranks.totals(total, count)
     return total / count
 
 
@@ -311,7 +321,8 @@ def read_config(run: Path) -> dict:
 def task_of(config: dict, data: str):
     """The (task, splits) that a run's config.json describes."""
     wanted = ("files", "judge", "limit", "max_new_tokens")
-    return load_task(config["task"], data, **{name: config[name] for name in wanted})
+    with ranks.rank_0_first():  # which downloads what is missing
+        return load_task(config["task"], data, **{name: config[name] for name in wanted})
 
 
 def machine(model) -> dict:
@@ -372,7 +383,9 @@ def parse(argv=None):
     general.add_argument("--add-bos", action="store_true", help="put one BOS token in front")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--sandbox", choices=("best", "strict"), default="best", help="code judge: see s3ft.py (%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.device = args.device or best_device()
+    return args
 
 
 def main(argv=None) -> None:
@@ -380,15 +393,16 @@ def main(argv=None) -> None:
     if args.model:
         if not args.benchmarks:
             raise InputError("--model goes with --benchmarks; the models of a run come from its folder")
-        with locked(args.out):
+        with locked(args.out), ranks.joined(args.device):
             return benchmark_model(args)
     config = read_config(args.out)
-    with locked(args.out):
+    with locked(args.out), ranks.joined(args.device):
         if args.audit:
             return print(audit(args.out, task_of(config, args.data)[1][0], args.audit))
         results, out = evaluate_run(args.out, args), results_folder(args.out, args)
-        write_json(out / "results.json", results)
-        print(write_report(results, out))
+        if ranks.RANK == 0:
+            write_json(out / "results.json", results)
+            print(write_report(results, out))
 
 
 if __name__ == "__main__":

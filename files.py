@@ -12,7 +12,10 @@ import json
 import os
 import sys
 import urllib.request
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import ranks
 
 try:
     import fcntl
@@ -59,7 +62,9 @@ def to_line(row: dict) -> bytes:
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary name on the same disk first, then renamed."""
+    """Write a file whole or not at all: to a temporary name on the same disk first, then renamed. Only rank 0 writes."""
+    if ranks.RANK:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -91,8 +96,22 @@ def append_jsonl(path: Path | str, row: dict) -> None:
 
 
 def resume_jsonl(path: Path | str) -> list[dict]:
-    """Rows that an earlier run appended, [] if there are none. A last line torn by its death is cut off the file."""
+    """Rows that an earlier run appended, [] if there are none. A last line torn by its death is cut off the file.
+
+    What other ranks of a run that died appended beside it counts too, once.
+    """
     path = Path(path)
+    rows = _resume(path)
+    for part in _parts(path):
+        rows += [row for row in _resume(part) if row not in rows]
+    return rows
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}.rank*.jsonl"))
+
+
+def _resume(path: Path) -> list[dict]:
     if not path.exists():
         return []
     content = _read_bytes(path)
@@ -105,7 +124,28 @@ def resume_jsonl(path: Path | str) -> list[dict]:
         pass
     if whole != content:
         write_bytes(path, whole)
-    return read_jsonl(path)
+    return [_parse(line, f"{path}, line {i}", ()) for i, line in enumerate(whole.split(b"\n"), 1) if line.strip()]
+
+
+def add_rows(path: Path, todo: Sequence, make: Callable[[list], Iterable[dict]], arrange: Callable[[list], list]) -> list[dict]:
+    """Make the rows for `todo`, each appended as soon as it is there; then write arrange(all rows) -> what was written.
+
+    With several processes each makes its share, in a file of its own beside `path`.
+    """
+    own = path if ranks.WORLD == 1 else path.with_suffix(f".rank{ranks.RANK}.jsonl")
+    own.parent.mkdir(parents=True, exist_ok=True)
+    ranks.barrier()  # all have read what was there
+    for row in make(ranks.share(todo)):
+        append_jsonl(own, row)
+    ranks.barrier()
+    rows = arrange(resume_jsonl(path))
+    ranks.barrier()
+    write_jsonl(path, rows)  # the same bytes, however often the run was broken off
+    if ranks.RANK == 0:
+        for part in _parts(path):
+            part.unlink()
+    ranks.barrier()
+    return rows
 
 
 def download(url: str, path: Path | str, sha256: str | None = None) -> None:
@@ -133,6 +173,9 @@ def read_json(path: Path | str):
 @contextlib.contextmanager
 def locked(folder: Path):
     """Hold a run folder alone. The kernel frees the lock when the process ends, however it ends."""
+    if ranks.RANK:  # rank 0 holds it for all
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")

@@ -9,6 +9,7 @@ where no attention_mask is passed and use_cache is False; otherwise rows silentl
 the blocks alone, where that is faster: plain full attention.
 """
 
+import os
 import resource
 import sys
 
@@ -19,17 +20,27 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data import InputError
+import ranks
+from files import InputError
 
 Row = tuple[list[int], list[bool]]  # (ids, is_target), both [length]; see data.training_ids
 
 
-def row_attention(module, query, key, value, attention_mask, row_lengths=None, **kwargs):
-    """Causal attention inside each packed row; query, key, value `[1, heads, sum of lengths, head_dim]`."""
+def row_attention(module, query, key, value, attention_mask, row_lengths=None, shared=0, **kwargs):
+    """Causal attention inside each packed row; query, key, value `[1, heads, sum of lengths, head_dim]`.
+
+    Where `shared` > 0, the first row holds that many tokens which every other row begins with, and attends to.
+    """
     if row_lengths is None or kwargs.get("sliding_window"):  # not packed, or the mask says more than "causal"
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows = zip(*(states.split(row_lengths, dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
+    rows = list(zip(*(states.split(row_lengths, dim=2) for states in (query, key, value)), strict=True))
+    masks = [None] * len(rows)
+    if shared:
+        _, prefix_key, prefix_value = rows[0]
+        rows[1:] = [(q, torch.cat([prefix_key, k], 2), torch.cat([prefix_value, v], 2)) for q, k, v in rows[1:]]
+        masks[1:] = [torch.ones(n, shared + n, dtype=torch.bool, device=key.device).tril(shared) for n in row_lengths[1:]]
+    outputs = [sdpa_attention_forward(module, *row, mask, **kwargs)[0] for row, mask in zip(rows, masks, strict=True)]
+    return torch.cat(outputs, dim=1), None
 
 
 AttentionInterface.register("rows", row_attention)
@@ -40,7 +51,7 @@ transformers.logging.disable_progress_bar()
 
 
 def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return f"cuda:{ranks.LOCAL_RANK}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def load_model(name: str, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False):
@@ -61,16 +72,34 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None, t
     return model.to(device).eval(), tokenizer
 
 
-def target_logits(model, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits `[targets, vocab]`, targets `[targets]`) of all rows' target tokens, in row order."""
-    lengths = [len(ids) for ids, _ in rows]
-    ids = torch.tensor([token for ids, _ in rows for token in ids], device=model.device)
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
-    is_target = torch.tensor([target for _, mask in rows for target in mask], device=model.device)
+def target_logits(model, rows: list[Row], share_prefix: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits `[targets, vocab]`, targets `[targets]`) of all rows' target tokens, in row order.
+
+    `share_prefix` computes the tokens with which all rows begin only once: the same numbers, but for a LoRA dropout that then
+    draws one mask for them all.
+    """
+    shared = common_prefix(rows) if share_prefix and can_share_prefix(model) else 0
+    prefix = [(rows[0][0][:shared], [False] * shared)] if shared else []
+    parts = prefix + [(ids[shared:], mask[shared:]) for ids, mask in rows]
+    lengths = [len(ids) for ids, _ in parts]
+    starts = [0] * len(prefix) + [shared] * len(rows)
+    ids = torch.tensor([token for ids, _ in parts for token in ids], device=model.device)
+    positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)]).to(model.device)
+    is_target = torch.tensor([target for _, mask in parts for target in mask], device=model.device)
     predicts = is_target.nonzero().squeeze(1) - 1  # the logits at t - 1 predict the token at t
     output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False,
-                   logits_to_keep=predicts, row_lengths=lengths)
+                   logits_to_keep=predicts, row_lengths=lengths, shared=shared)
     return output.logits[0], ids[predicts + 1]
+
+
+def common_prefix(rows: list[Row]) -> int:
+    """How many first tokens all rows share; each keeps at least the token that predicts its first target."""
+    return max(0, min(len(os.path.commonprefix([ids for ids, _ in rows])), *(mask.index(True) - 1 for _, mask in rows)))
+
+
+def can_share_prefix(model) -> bool:
+    """Only `row_attention` lets rows attend to a prefix outside themselves, and only where attention is plain and full."""
+    return model.config._attn_implementation == "rows" and not getattr(model.config, "sliding_window", None)
 
 
 def packs(rows: list[Row], tokens: int = 4096):

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import lora
+import ranks
 from data import CUSTOM_TASK, TASKS, Example, Task, prompt, training_ids
 from evaluate import announce_sandbox, judged, respond, task_of, validate
 from files import (InputError, amount, append_jsonl, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
@@ -149,10 +150,16 @@ class BaseModel:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def loss_sum(model, rows) -> torch.Tensor:
+class Loss(torch.nn.Module):
     """-Σ log p(y_t | x, y_<t) over the target tokens of the rows, in nats. The prompt is masked: it is no target."""
-    logits, targets = target_logits(model, rows)
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows, share_prefix: bool = False) -> torch.Tensor:
+        logits, targets = target_logits(self.model, rows, share_prefix)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def step_rows(n: int, batch_size: int, steps: int, seed: int):
@@ -172,34 +179,38 @@ def learning_rate(step: int, args) -> float:
     return args.lr * min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
 
 
-def backward(model, rows, args) -> tuple[float, int]:
+def backward(loss_of, rows, args) -> tuple[float, int]:
     """Gradients of the mean loss over a batch, summed up in micro-batches -> (mean loss, target tokens).
 
     The loss is divided by the target tokens of the whole step. Averaging the micro-batches' own means would weigh a token
-    by the length of its neighbours, and make the result depend on how the batch was cut.
+    by the length of its neighbours, and make the result depend on how the batch was cut. With several processes each takes
+    its share of the rows; their gradients are averaged, hence the factor ranks.WORLD.
     """
-    targets = sum(sum(is_target) for _, is_target in rows)
+    targets, mine = sum(sum(is_target) for _, is_target in rows), ranks.share(rows)
+    device = next(loss_of.parameters()).device.type
     total = 0.0
-    for start in range(0, len(rows), args.micro_batch):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = loss_sum(model, rows[start : start + args.micro_batch]) / targets
-        loss.backward()
+    for start in range(0, len(mine), args.micro_batch):
+        last = start + args.micro_batch >= len(mine)
+        with ranks.without_sync(loss_of, last), torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = loss_of(mine[start : start + args.micro_batch], args.share_prefix) / targets
+            (loss * ranks.WORLD).backward()
         total += loss.item()
-    return total, targets
+    return ranks.totals(total)[0], targets
 
 
-def optimizer_step(model, optimizer, rows, args) -> tuple[float, int]:
+def optimizer_step(loss_of, optimizer, rows, args) -> tuple[float, int]:
     """One step over a batch -> (mean loss, target tokens). Out of memory: again, in micro-batches half as large."""
     try:
-        loss, targets = backward(model, rows, args)
+        loss, targets = backward(loss_of, rows, args)
     except torch.OutOfMemoryError:
-        if args.micro_batch == 1:
-            raise InputError("out of memory with one row at a time: try --gradient-checkpointing") from None
+        if args.micro_batch == 1 or ranks.WORLD > 1:  # other processes wait for this one's gradients
+            raise InputError(f"out of memory with --micro-batch {args.micro_batch}: try half of it, "
+                             "or --gradient-checkpointing") from None
         args.micro_batch = (args.micro_batch + 1) // 2
         tqdm.write(f"out of memory: going on with --micro-batch {args.micro_batch}")
         optimizer.zero_grad(set_to_none=True)
-        return optimizer_step(model, optimizer, rows, args)
-    torch.nn.utils.clip_grad_norm_(lora.parameters(model), args.clip)
+        return optimizer_step(loss_of, optimizer, rows, args)
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], args.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, targets
@@ -213,23 +224,24 @@ def train(model, tokenizer, task: Task, rows: list, validation: list[Example], f
     """
     optimizer = torch.optim.AdamW(lora.parameters(model), weight_decay=0.0, fused=model.device.type == "cuda")
     state = load_checkpoint(model, optimizer, folder)
+    loss_of = ranks.data_parallel(Loss(model))
     model.train()
     bar = tqdm(total=args.steps, initial=state["step"], desc=f"{folder.name}/train", unit="step")
     for step, batch in enumerate(step_rows(len(rows), args.batch_size, args.steps, args.seed)):
         if step < state["step"]:
             continue
         start = time.monotonic()
-        torch.manual_seed(1_000_003 * args.seed + step)
+        torch.manual_seed(1_000_003 * args.seed + step + 7_919 * ranks.RANK)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        loss, targets = optimizer_step(model, optimizer, [rows[i] for i in batch], args)
+        loss, targets = optimizer_step(loss_of, optimizer, [rows[i] for i in batch], args)
         state["seconds"] += time.monotonic() - start
         tokens = sum(len(rows[i][0]) for i in batch)
         state["tokens"] += tokens
         bar.set_postfix_str(f"loss {loss:.3f}, {state['tokens'] / state['seconds']:.0f} tokens/s", refresh=False)
         bar.update()
-        append_jsonl(folder / "log.jsonl", {"step": step + 1, "loss": round(loss, 6), "lr": learning_rate(step, args),
-                                            "tokens": tokens, "targets": targets})
+        log(folder, {"step": step + 1, "loss": round(loss, 6), "lr": learning_rate(step, args), "tokens": tokens,
+                     "targets": targets})
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             state["step"] = step + 1
             keep_best(model, tokenizer, task, validation, folder, state)
@@ -239,12 +251,18 @@ def train(model, tokenizer, task: Task, rows: list, validation: list[Example], f
     return state
 
 
+def log(folder: Path, row: dict) -> None:
+    if ranks.RANK == 0:
+        append_jsonl(folder / "log.jsonl", row)
+
+
 def keep_best(model, tokenizer, task: Task, validation: list[Example], folder: Path, state: dict) -> None:
     accuracy = validate(model, tokenizer, task, validation)
-    append_jsonl(folder / "log.jsonl", {"step": state["step"], "validation": accuracy})
+    log(folder, {"step": state["step"], "validation": accuracy})
     if accuracy > state["best"]["validation"]:
         state["best"] = {"step": state["step"], "validation": accuracy}
-        lora.save(model, folder, model.config._name_or_path)
+        if ranks.RANK == 0:
+            lora.save(model, folder, model.config._name_or_path)
 
 
 def save_checkpoint(model, optimizer, folder: Path, state: dict) -> None:
@@ -278,6 +296,7 @@ def build(method, D: list[Example], base: BaseModel, path: Path) -> list[dict]:
         targets = METHODS[method](D, base)
         write_jsonl(path, [{"id": x.id, "prompt": prompt(base.task.train, x), "response": target, "source": source}
                            | dict(*further) for x, target, source, *further in targets])
+        ranks.barrier()  # rank 0 has written it
     return read_jsonl(path, ("id", "prompt", "response", "source"))
 
 
@@ -342,7 +361,8 @@ def run(args) -> None:
                                           "minutes": round(state["seconds"] / 60, 2),
                                           "tokens_per_second": round(state["tokens"] / state["seconds"]),
                                           "peak_memory_gib": peak_memory_gib()})
-    (folder / "checkpoint.pt").unlink()
+    if ranks.RANK == 0:
+        (folder / "checkpoint.pt").unlink()
 
 
 UNRECORDED = ("out", "name", "data", "device", "trust_remote_code", "sandbox")  # where and on what, not what
@@ -397,6 +417,8 @@ def parse(argv=None):
     training.add_argument("--warmup", type=amount, default=0.03, help="share of the steps (%(default)s)")
     training.add_argument("--clip", type=amount, default=1.0, help="largest gradient norm (%(default)s)")
     training.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
+    training.add_argument("--share-prefix", action="store_true",
+                          help="compute what the prompts of a micro-batch begin with once: faster; one dropout mask for it")
     training.add_argument("--seed", type=int, default=0, help="LoRA's start, dropout, order of rows (%(default)s)")
     hardware = parser.add_argument_group("machine")
     hardware.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -417,6 +439,8 @@ def complete(args):
     args.name = args.name or args.method
     args.steps = args.steps or task.steps
     args.eval_every = min(args.eval_every or task.eval_every, args.steps)
+    if args.batch_size < ranks.WORLD:
+        raise InputError(f"--batch-size {args.batch_size}: with {ranks.WORLD} processes it must be at least that")
     args.micro_batch = args.micro_batch or args.batch_size
     args.device = args.device or best_device()
     try:
@@ -431,7 +455,7 @@ def complete(args):
 
 def main(argv=None) -> None:
     args = parse(argv)
-    with locked(args.out):
+    with locked(args.out), ranks.joined(args.device):
         run(args)
 
 

@@ -341,7 +341,7 @@ def test_a_killed_run_goes_on_by_document(llama, tokenizer, data_dir, tmp_path):
     kept = path.read_bytes()
     path.write_bytes(kept[:-40])  # the kill tore the last line
     resumed = score(llama, tokenizer, ALL, data_dir, tmp_path / "out")
-    assert path.read_bytes().startswith(kept[:-40].rpartition(b"\n")[0])
+    assert set(kept[:-40].split(b"\n")[:-1]) <= set(path.read_bytes().split(b"\n"))  # not scored again: the same bytes
     for name in ALL:
         for metric, value in whole[name].items():
             if metric != "subjects":

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from data import InputError
-from model import load_model, log_probs, packs, target_logits
+from model import common_prefix, load_model, log_probs, packs, target_logits
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0)
@@ -44,15 +44,42 @@ def test_packed_logits_are_those_of_each_row_alone(config, attention):
     torch.testing.assert_close(logits, torch.cat([found for found, _ in alone]), atol=1e-5, rtol=1e-4)
 
 
+PREFIXED = [([7, 8, 9, 10, *ids], [False] * 4 + mask) for ids, mask in random_rows()]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.model_type}-{getattr(c, 'sliding_window', None)}")
+def test_a_shared_prefix_changes_no_logits(config):
+    model = model_of(config, "rows")
+    with torch.no_grad():
+        logits, targets = target_logits(model, PREFIXED, share_prefix=True)
+        alone = list(one_at_a_time(model_of(config, "eager"), PREFIXED))
+    assert torch.equal(targets, torch.cat([t for _, t in alone]))
+    torch.testing.assert_close(logits, torch.cat([found for found, _ in alone]), atol=1e-5, rtol=1e-4)
+
+
+def test_a_shared_prefix_is_computed_once():
+    model, lengths = model_of(CONFIGS[0], "rows"), []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+    target_logits(model, PREFIXED, share_prefix=True)
+    assert lengths == [sum(len(ids) for ids, _ in PREFIXED) - 3 * 4]
+
+
+@pytest.mark.parametrize(("rows", "shared"), [
+    ([([1, 2, 3, 4], [False, False, False, True])] * 2, 2),  # the token before the first target belongs to each row
+    ([([1, 2, 3], [False, False, True]), ([4, 2, 3], [False, False, True])], 0), ([([1, 2], [True, True])] * 2, 0)])
+def test_how_much_is_shared(rows, shared):
+    assert common_prefix(rows) == shared
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_loss_has_the_gradients_of_a_padded_batch(checkpointing):
+@pytest.mark.parametrize(("rows", "share_prefix"), [(random_rows(), False), (PREFIXED, False), (PREFIXED, True)])
+def test_packed_loss_has_the_gradients_of_a_padded_batch(checkpointing, rows, share_prefix):
     """The reference is the usual loop: padded rows, an attention mask, labels of -100 on prompt and padding."""
-    rows = random_rows()
     packed, padded = model_of(CONFIGS[0], "rows"), model_of(CONFIGS[0], "eager")
     if checkpointing:
         packed.gradient_checkpointing_enable()
         packed.train()
-    logits, targets = target_logits(packed, rows)
+    logits, targets = target_logits(packed, rows, share_prefix)
     F.cross_entropy(logits, targets, reduction="sum").backward()
 
     width = max(len(ids) for ids, _ in rows)

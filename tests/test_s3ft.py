@@ -103,7 +103,7 @@ def test_leaks(text, leaking):
 
 def settings(**changes):
     return SimpleNamespace(**({"micro_batch": 8, "batch_size": 8, "clip": 1.0, "dtype": "float32", "warmup": 0.25,
-                               "steps": 8, "lr": 0.01, "seed": 0} | changes))
+                               "steps": 8, "lr": 0.01, "seed": 0, "share_prefix": False} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def trained(model, rows, micro_batch):
     model = copy.deepcopy(model)
     lora.inject(model, dropout=0.0, seed=0)
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=0.01)
-    losses = [s3ft.optimizer_step(model, optimizer, rows, settings(micro_batch=micro_batch))[0] for _ in range(3)]
+    losses = [s3ft.optimizer_step(s3ft.Loss(model), optimizer, rows, settings(micro_batch=micro_batch))[0] for _ in range(3)]
     return lora.state_dict(model), losses
 
 
@@ -146,21 +146,21 @@ def test_loss_is_the_mean_over_all_target_tokens_of_the_step(loaded, rows):
     lora.inject(model, seed=0)
     model.eval()
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=0.0)
-    loss, count = s3ft.optimizer_step(model, optimizer, rows, settings(micro_batch=3))
+    loss, count = s3ft.optimizer_step(s3ft.Loss(model), optimizer, rows, settings(micro_batch=3))
     assert count == len(pooled) and loss == pytest.approx(sum(pooled) / len(pooled), abs=1e-5)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_loses_no_row(loaded, rows, monkeypatch, capsys):
     """A device that holds two rows: the step goes on in parts, and ends with the weights of an undisturbed one."""
     whole, losses = trained(loaded[0], rows, 8)
-    loss_sum = s3ft.loss_sum
+    forward = s3ft.Loss.forward
 
-    def small_device(model, part):
+    def small_device(self, part, share_prefix):
         if len(part) > 2:
             raise torch.OutOfMemoryError("simulated")
-        return loss_sum(model, part)
+        return forward(self, part, share_prefix)
 
-    monkeypatch.setattr(s3ft, "loss_sum", small_device)
+    monkeypatch.setattr(s3ft.Loss, "forward", small_device)
     parts, part_losses = trained(loaded[0], rows, 8)
     assert losses == pytest.approx(part_losses, abs=1e-5)
     for name, weight in whole.items():
@@ -394,8 +394,8 @@ def test_reflect_is_a_method_like_the_others(command, loaded):
 def test_the_order_of_imports_is_downward():
     """Each module imports only modules above it in this list."""
     import ast
-    order = ["files", "records", "stats", "reading", "data", "generate", "sandbox_child", "sandbox", "judges", "lora", "model",
-             "likelihood", "benchmarks", "report", "audit", "evaluate", "reflect", "s3ft"]
+    order = ["ranks", "files", "records", "stats", "reading", "data", "generate", "sandbox_child", "sandbox", "judges", "lora",
+             "model", "likelihood", "benchmarks", "report", "audit", "evaluate", "reflect", "s3ft"]
     assert sorted(order) == sorted(path.stem for path in ROOT.glob("*.py"))
     for i, name in enumerate(order):
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
