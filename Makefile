@@ -10,12 +10,14 @@ VENV    := .venv
 PY      := $(VENV)/bin/python
 SMOL    := models/SmolLM2-135M-Instruct
 .DEFAULT_GOAL := help
-.PHONY: help demo test gsm8k mbpp nq clean
+.PHONY: help demo test gsm8k mbpp nq bench bench-eval bench-judge fuzz clean
 
 help:
 	@echo "make demo    S3FT and SFT on a small real model and 60 own-written passages: about 10 minutes on 2 CPU cores"
 	@echo "make test    set up and run the tests: under 10 minutes on 2 CPU cores"
 	@echo "make gsm8k   the paper's run: predictions, paraphrases, training, evaluation (also: make mbpp, make nq)"
+	@echo "make bench, make bench-eval, make bench-judge    speed beside transformers, peft, trl and lm-evaluation-harness"
+	@echo "make fuzz    100,000 random texts into everything that reads what a model or a person wrote"
 	@echo ""
 	@echo "Variables of gsm8k, mbpp, nq (make gsm8k LIMIT=48 STEPS=6):"
 	@echo "  MODEL=$(MODEL)   Hugging Face name or folder"
@@ -34,12 +36,18 @@ $(VENV)/ready-dev: $(VENV)/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# The peers of the benchmarks; bench/*.py skips by name what is missing.
+$(VENV)/ready-bench: $(VENV)/ready-dev
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
 $(SMOL)/config.json: | $(VENV)/ready
 	$(PY) examples/smollm2.py $(SMOL)
 
+# One epoch of 96 rows is too short for the paper's learning rate of 1e-4.
 demo: $(VENV)/ready $(SMOL)/config.json
 	for method in sft s3ft; do \
-		$(PY) s3ft.py --task reading --method $$method --model $(SMOL) --out runs/demo --limit 96 || exit; done
+		$(PY) s3ft.py --task reading --method $$method --model $(SMOL) --out runs/demo --limit 96 --lr 1e-3 --share-prefix || exit; done
 	$(PY) evaluate.py --out runs/demo
 
 test: $(VENV)/ready-dev $(SMOL)/config.json
@@ -52,6 +60,20 @@ gsm8k mbpp nq: $(VENV)/ready
 		$(PY) s3ft.py --task $@ --method $$method --model $(MODEL) --data $(DATA) --out $(OUT) \
 			$(if $(LIMIT),--limit $(LIMIT)) $(if $(STEPS),--steps $(STEPS)) $(FLAGS) || exit; done
 	$(PY) evaluate.py --out $(OUT) --data $(DATA)
+
+GSM8K := $(DATA)/gsm8k/train.jsonl
+bench: $(VENV)/ready-bench $(SMOL)/config.json
+	$(PY) bench/generate.py --model $(SMOL) $(if $(wildcard $(GSM8K)),--gsm8k $(GSM8K)) --out docs $(FLAGS)
+	$(PY) bench/train.py --model $(SMOL) --out docs $(FLAGS)
+
+bench-eval: $(VENV)/ready-bench $(SMOL)/config.json
+	$(PY) bench/evaluate.py --model $(SMOL) --data $(DATA) --out docs $(FLAGS)
+
+bench-judge: $(VENV)/ready
+	$(PY) bench/judge.py --data $(DATA) --out docs $(FLAGS)
+
+fuzz: $(VENV)/ready-dev
+	$(PY) tests/fuzz.py $(FLAGS)
 
 clean:
 	rm -rf $(VENV) runs

@@ -240,7 +240,7 @@ TASKS = {
     "squad1": replace(READING_TASK, load=load_squad1),
     "musique": replace(READING_TASK, load=load_musique),
     "multidoc2dial": replace(READING_TASK, load=load_multidoc2dial, judge="llm", max_new_tokens=128),
-    "reading": replace(READING_TASK, steps=16, eval_every=8),
+    "reading": replace(READING_TASK, steps=12, eval_every=12),
 }
 
 

@@ -13,7 +13,7 @@ Decided here, the paper being silent:
 1. Prompt at test time: the base model gets the predict prompt (it is "prompted"), a trained model its train prompt.
 2. Accuracy comes with Wilson's 95 % interval, a difference to SFT with McNemar's exact test over the same test rows.
 3. Drift is the mean of KL(base || tuned) over every token of the base model's own greedy responses, to general prompts
-   (examples/general.jsonl) and to the first 48 test prompts. It needs no benchmark, and tracks forgetting (arXiv 2509.04259).
+   (examples/general.jsonl) and to the first 24 test prompts. It needs no benchmark, and tracks forgetting (arXiv 2509.04259).
 """
 
 import argparse
@@ -165,9 +165,9 @@ def kl_drift(model, tokenizer, dialogues: list[tuple[str, str]]) -> float:
     """Mean over response tokens of KL(base || tuned), in nats; `dialogues` are (user turn, the base model's response)."""
     total, count = 0.0, 0
     for rows in packs([training_ids(tokenizer, *dialogue) for dialogue in ranks.share(dialogues)], tokens=2048):
-        log_q = F.log_softmax(target_logits(model, rows)[0].float(), dim=-1)  # [targets, vocab]
+        log_q = F.log_softmax(target_logits(model, rows, share_prefix=True)[0].float(), dim=-1)  # [targets, vocab]
         with lora.disabled(model):
-            log_p = F.log_softmax(target_logits(model, rows)[0].float(), dim=-1)
+            log_p = F.log_softmax(target_logits(model, rows, share_prefix=True)[0].float(), dim=-1)
         total += F.kl_div(log_q, log_p, log_target=True, reduction="sum").item()
         count += len(log_p)
     total, count = ranks.totals(total, count)
@@ -187,10 +187,12 @@ def log_probabilities(model, tokenizer, task: Task, examples: list[Example], run
         return None
     chosen = random.Random(0).sample(both or either, min(most, len(both or either)))
     kinds["golds"] = {x.id: task.gold(x) for x in chosen}
-    scores = {"rows": "both accepted" if both else "either accepted", "n": len(chosen)}
-    for kind, texts in kinds.items():
-        rows = [training_ids(tokenizer, prompt(task.predict, x), texts[x.id]) for x in chosen if x.id in texts]
-        scores[kind] = [round(score, 3) for score in log_probs(model, rows)]
+    scores = {"rows": "both accepted" if both else "either accepted", "n": len(chosen)} | {kind: [] for kind in kinds}
+    for x in chosen:
+        here = {kind: texts[x.id] for kind, texts in kinds.items() if x.id in texts}
+        rows = [training_ids(tokenizer, prompt(task.predict, x), text) for text in here.values()]
+        for kind, score in zip(here, log_probs(model, rows, share_prefix=True), strict=True):  # one prompt, read once
+            scores[kind].append(round(score, 3))
     return scores
 
 
@@ -267,12 +269,12 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], run: Path,
         respond(model, tokenizer, GENERAL, general, run / "base" / "general.jsonl")
         return result
     dialogues = {"general": base_dialogues(run / "base" / "general.jsonl", general),
-                 "task": base_dialogues(run / "base" / "test.jsonl", {x.id: prompt(task.predict, x) for x in test[:48]})}
+                 "task": base_dialogues(run / "base" / "test.jsonl", {x.id: prompt(task.predict, x) for x in test[:24]})}
     drift = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
     return result | {"drift": drift, "training": trained}
 
 
-GENERAL = Task(load=None, judge="", predict="", train="", paraphrase="", max_new_tokens=64)
+GENERAL = Task(load=None, judge="", predict="", train="", paraphrase="", max_new_tokens=32)
 
 
 def harness_accuracy(path: Path, test: list[Example]) -> dict:

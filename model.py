@@ -116,11 +116,11 @@ def packs(rows: list[Row], tokens: int = 4096):
 
 
 @torch.inference_mode()
-def log_probs(model, rows: list[Row]) -> list[float]:
+def log_probs(model, rows: list[Row], share_prefix: bool = False) -> list[float]:
     """log p(y | x) of every row: the sum over its target tokens, in nats (Table 1, Fig. 2)."""
     sums = []
     for group in packs(rows):
-        logits, targets = target_logits(model, group)
+        logits, targets = target_logits(model, group, share_prefix)
         token_log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
         sums += [part.sum().item() for part in token_log_probs.split([sum(mask) for _, mask in group])]
     return sums
