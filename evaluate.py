@@ -39,7 +39,7 @@ from audit import audit
 from data import EXAMPLES, Example, Task, chat_ids, load_task, prompt, training_ids
 from files import (InputError, add_rows, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl, write_json)
 from generate import generate
-from model import best_device, load_model, log_probs, packs, target_logits
+from model import best_device, load_model, log_probs, packs, peak_memory_gib, target_logits
 from report import write_benchmark_report, write_report
 from stats import mcnemar, wilson
 
@@ -234,6 +234,7 @@ def evaluate_run(run: Path, args) -> dict:
         if args.benchmarks:
             results["models"][name]["benchmarks"] = benchmark_run(model, tokenizer, out, name, args)
     compare(results["models"], out, test)
+    results["machine"]["peak_memory_gib"] = peak_memory_gib()
     return results
 
 

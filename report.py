@@ -161,7 +161,8 @@ def heading(results: dict) -> list[str]:
     limit = f", first {config['limit']} rows of every split" if config["limit"] else ""
     n = next(iter(results["models"].values()))["n"]
     return [f"# {config['task']}{trained_on}: {config['model']}",
-            f"{machine['date']}, {machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}; "
+            f"{machine['date']}, {machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
+            f"peak memory of the evaluation {machine['peak_memory_gib']} GiB; "
             f"{n} test rows{limit}, judge: {config['judge'] or 'the task’s own'}."]
 
 

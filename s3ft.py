@@ -321,7 +321,8 @@ def announce_cpu(model, tokenizer, task: Task, D: list[Example], args) -> None:
     speed = 8 * 4 * 512 * 512 * 2048 / (time.perf_counter() - start)  # FLOP/s
     answers = len(D) * (0 if args.method == "sft" else 2)  # a prediction and a paraphrase, at most
     hours = weights * row * (2 * answers + 4 * args.steps * args.batch_size) / speed / 3600
-    print(f"no GPU: on this CPU ({speed / 1e9:.0f} GFLOP/s) {args.method} will take {hours:.1f} hours or more", flush=True)
+    length = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, 60 * hours):.0f} minutes"
+    print(f"no GPU: on this CPU ({speed / 1e9:.0f} GFLOP/s) {args.method} will take {length} or more", flush=True)
 
 
 def inject(model, args) -> None:
