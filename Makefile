@@ -8,9 +8,10 @@ STEPS   ?=
 FLAGS   ?=
 VENV    := .venv
 PY      := $(VENV)/bin/python
+BENCH   := .venv-bench
 SMOL    := models/SmolLM2-135M-Instruct
 .DEFAULT_GOAL := help
-.PHONY: help demo test gsm8k mbpp nq bench bench-eval bench-judge fuzz clean
+.PHONY: help demo test gsm8k mbpp nq bench bench-eval bench-judge bench-memory fuzz clean
 
 help:
 	@echo "make demo    S3FT and SFT on a small real model and 60 own-written passages: about 10 minutes on 2 CPU cores"
@@ -36,9 +37,11 @@ $(VENV)/ready-dev: $(VENV)/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# The peers of the benchmarks; bench/*.py skips by name what is missing.
-$(VENV)/ready-bench: $(VENV)/ready-dev
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+# The peers of the benchmarks, in an environment of their own: lm-eval brings a package that is named evaluate, like our module.
+$(BENCH)/ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench]'
 	@touch $@
 
 $(SMOL)/config.json: | $(VENV)/ready
@@ -62,18 +65,23 @@ gsm8k mbpp nq: $(VENV)/ready
 	$(PY) evaluate.py --out $(OUT) --data $(DATA)
 
 GSM8K := $(DATA)/gsm8k/train.jsonl
-bench: $(VENV)/ready-bench $(SMOL)/config.json
-	$(PY) bench/generate.py --model $(SMOL) $(if $(wildcard $(GSM8K)),--gsm8k $(GSM8K)) --out docs $(FLAGS)
-	$(PY) bench/train.py --model $(SMOL) --out docs $(FLAGS)
+bench: $(BENCH)/ready $(SMOL)/config.json
+	$(BENCH)/bin/python bench/generate.py --model $(SMOL) $(if $(wildcard $(GSM8K)),--gsm8k $(GSM8K)) --out docs $(FLAGS)
+	$(BENCH)/bin/python bench/train.py --model $(SMOL) --out docs $(FLAGS)
 
-bench-eval: $(VENV)/ready-bench $(SMOL)/config.json
-	$(PY) bench/evaluate.py --model $(SMOL) --data $(DATA) --out docs $(FLAGS)
+# Also a test of our scores against the real harness, which make test skips.
+bench-eval: $(BENCH)/ready $(SMOL)/config.json
+	PYTHONPATH=. $(BENCH)/bin/python -m pytest tests/test_benchmarks_harness.py
+	$(BENCH)/bin/python bench/evaluate.py --model $(SMOL) --data $(DATA) --out docs $(FLAGS)
 
 bench-judge: $(VENV)/ready
 	$(PY) bench/judge.py --data $(DATA) --out docs $(FLAGS)
+
+bench-memory: $(VENV)/ready
+	$(PY) bench/memory.py --out docs $(FLAGS)
 
 fuzz: $(VENV)/ready-dev
 	$(PY) tests/fuzz.py $(FLAGS)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(BENCH) runs

@@ -27,6 +27,7 @@ from statistics import NormalDist, mean, stdev
 import numpy as np
 from tqdm import tqdm
 
+import ranks
 from files import InputError, add_rows, download, read_json, read_jsonl, resume_jsonl, write_json, write_jsonl
 from likelihood import Encoder, Option, can_share, log_likelihoods, max_length, trial
 
@@ -40,9 +41,9 @@ def mmlu_question(row: dict) -> str:
 
 def mmlu_options(row: dict, shots: list[dict]) -> list[Option]:
     description = "The following are multiple choice questions (with answers) about {}.\n\n"
-    solved = [f"{mmlu_question(shot)} {'ABCD'[shot['answer']]}\n\n" for shot in shots]
-    context = "".join(solved) + mmlu_question(row)
-    return [Option(context, letter, description.format(row["subject"].replace("_", " "))) for letter in "ABCD"]
+    description = description.format(row["subject"].replace("_", " "))
+    solved = tuple((mmlu_question(shot), "ABCD"[shot["answer"]]) for shot in shots)
+    return [Option(mmlu_question(row), letter, description, solved) for letter in "ABCD"]
 
 
 TRUTHFULQA_EXAMPLES = """\
@@ -221,7 +222,7 @@ class Document:
     index: int  # in its file, from 0
     row: dict
     options: list[Option]
-    where: str  # file and row, for messages
+    where: str  # file and line, for messages
 
     @property
     def task(self) -> str:
@@ -232,8 +233,9 @@ def documents(name: str, data_dir: Path, limit: int | None, num_fewshot: int) ->
     """A benchmark's documents: the first `limit` of each task, as in the harness. InputError names a bad row."""
     benchmark, taken, found = BENCHMARKS[name], defaultdict(int), []
     shots = mmlu_shots(data_dir, num_fewshot) if name == "mmlu" and num_fewshot else defaultdict(list)
-    for index, row in enumerate(rows_of(benchmark.file, data_dir, benchmark.fields)):
-        where = f"{data_dir / benchmark.file}, row {index + 1}"
+    rows, path = rows_of(benchmark.file, data_dir, benchmark.fields), data_dir / benchmark.file
+    for index, (row, line) in enumerate(zip(rows, line_numbers(path), strict=True)):
+        where = f"{path}, line {line}"
         try:
             options = benchmark.options(row, shots[row.get("subject")])
             benchmark.metrics(row, np.zeros(len(options)))
@@ -244,6 +246,11 @@ def documents(name: str, data_dir: Path, limit: int | None, num_fewshot: int) ->
         if limit is None or taken[document.task] <= limit:
             found.append(document)
     return found
+
+
+def line_numbers(path: Path) -> list[int]:
+    """The line of each row of a JSONL file: blank lines are no rows."""
+    return [number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
 
 
 def mmlu_shots(data_dir: Path, k: int) -> dict[str, list[dict]]:
@@ -261,31 +268,41 @@ def mmlu_shots(data_dir: Path, k: int) -> dict[str, list[dict]]:
 
 
 def score(model, tokenizer, names, data_dir, out_dir, limit=None, num_fewshot=0, apply_chat_template=False,
-          add_bos=False) -> dict:
-    """Score a model on the benchmarks `names` -> {name: {metric: value, metric_stderr: value, n}}; MMLU also by "subjects".
+          add_bos=False) -> tuple[dict, list[dict]]:
+    """Score a model on the benchmarks `names` -> (scores, the samples that they are the means of, in document order).
 
-    Every document becomes a row of out_dir/samples.jsonl as it is done, and is not scored again by a later call: the
-    log-likelihoods of its options (TruthfulQA: of mc1's, then of mc2's), the option chosen, the gold, its metrics. `limit`:
-    the first documents of each task (for MMLU, of each subject). `num_fewshot`: of MMLU; the others are zero-shot.
-    InputError: unknown names, bad data, samples of another model or of other settings in out_dir.
+    Scores: {name: {metric: value, metric_stderr: value, n}}; MMLU also by "subjects". A sample is one document: the
+    log-likelihoods of its options (TruthfulQA: of mc1's, then of mc2's), the option chosen, the gold, its metrics. Each is
+    appended to samples_path(...) as it is done, and is not scored again by a later call.
+    `limit`: the first documents of each task (for MMLU, of each subject). `num_fewshot`: of MMLU; the others are zero-shot.
+    InputError: unknown names, bad data, samples of another model in out_dir.
     """
-    data_dir, out_dir = Path(data_dir), Path(out_dir)
+    data_dir = Path(data_dir)
     for name in names:
         if name not in BENCHMARKS:
             raise InputError(f"unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
+    if num_fewshot < 0:
+        raise InputError(f"--num-fewshot {num_fewshot}: it must be 0 or more")
     if add_bos and tokenizer.bos_token is None:
         raise InputError("--add-bos: this model's tokenizer has no BOS token")
-    wanted = {(x.benchmark, x.index): x for name in names for x in documents(name, data_dir, limit, num_fewshot)}
-    settings = {"num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template, "add_bos": add_bos}
-    check_settings(model, settings, out_dir)
-    path = out_dir / "samples.jsonl"
-    samples = by_document(resume_jsonl(path))
+    with ranks.rank_0_first():  # it downloads what is missing
+        wanted = {(x.benchmark, x.index): x for name in names for x in documents(name, data_dir, limit, num_fewshot)}
+    path = samples_path(Path(out_dir), num_fewshot, apply_chat_template, add_bos)
+    check_model(model, path.with_suffix(".config.json"))
+    rows = resume_jsonl(path)
+    there = by_document(rows)
     encoder = Encoder(tokenizer, max_length(model, tokenizer), apply_chat_template, add_bos)
-    todo = [document for key, document in wanted.items() if key not in samples]
-    if todo:
-        samples = by_document(add_rows(path, todo, lambda part: watched(scored(model, encoder, part), len(part)),
-                                       lambda rows: [row for _, row in sorted(by_document(rows).items())]))
-    return {name: summary([samples[key] for key in wanted if key[0] == name]) for name in names}
+    todo = [document for key, document in wanted.items() if key not in there]
+    samples = by_document(add_rows(path, rows, todo, lambda part: watched(scored(model, encoder, part), len(part)),
+                                   lambda rows: [row for _, row in sorted(by_document(rows).items())]))
+    used = [samples[key] for key in wanted]
+    return {name: summary([row for row in used if row["benchmark"] == name]) for name in names}, used
+
+
+def samples_path(out_dir: Path, num_fewshot: int, apply_chat_template: bool, add_bos: bool) -> Path:
+    """samples.jsonl; a way of asking that is not the default has a file of its own, like samples.5-shot.chat.bos.jsonl."""
+    ways = {f"{num_fewshot}-shot": num_fewshot, "chat": apply_chat_template, "bos": add_bos}
+    return out_dir / ".".join(["samples", *(way for way, asked in ways.items() if asked), "jsonl"])
 
 
 def by_document(samples: list[dict]) -> dict[tuple[str, int], dict]:
@@ -300,15 +317,12 @@ def watched(samples: Iterator[dict], n: int) -> Iterator[dict]:
             bar.update()
 
 
-def check_settings(model, settings: dict, out_dir: Path) -> None:
-    """Samples of one folder are of one model and one way of asking. The model is told by its scores of a made-up document."""
-    path, mine = out_dir / "samples.config.json", settings | {"trial": trial(model, share=False)}
+def check_model(model, path: Path) -> None:
+    """Samples of one file are of one model. It is told by its scores of a made-up document, which `path` keeps."""
+    mine = trial(model, share=False)
     if not path.exists():
-        return write_json(path, mine)
-    theirs = read_json(path)
-    if {name: theirs.get(name) for name in settings} != settings:
-        raise InputError(f"{path}: the samples there were made with other settings; take another folder, or the same settings")
-    if not np.allclose(theirs["trial"], mine["trial"], rtol=1e-5):
+        write_json(path, {"trial": mine})
+    elif not np.allclose(read_json(path)["trial"], mine, rtol=1e-5):
         raise InputError(f"{path}: the samples there are of another model; take another folder")
 
 

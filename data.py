@@ -19,7 +19,7 @@ from pathlib import Path
 
 from files import InputError, download, read_jsonl
 from reading import (load_multidoc2dial, load_musique, load_nq, load_reading, load_squad, load_squad1, pair_unanswerable,
-                     read_reading_json, read_squad)
+                     read_reading_json, read_squad, text_of)
 from records import ABSTAIN, EXAMPLES, SPLIT_SEED, Example, Splits
 
 __all__ = ["EXAMPLES", "pair_unanswerable", "read_squad"]  # passed on, from the modules below
@@ -176,24 +176,28 @@ def read_counted(path: Path, count: int, fields: tuple[str, ...]) -> list[dict]:
 
 
 def load_custom(path: Path | str, judge: str) -> list[Example]:
-    """A person's own file: JSONL rows with question and answer (and context, tests, setup, id), or .json as SQuAD has it."""
+    """A person's own file: JSONL rows with question and answer (and context, tests, setup, id), or .json as SQuAD has it.
+
+    One answer a row, a text or a number; several golds a question are for the .json formats.
+    """
     path = Path(path)
     if path.suffix == ".json":
         return read_reading_json(path)
     needed = ("question", "tests") if judge == "code" else ("question",)
-    return [_custom_example(row, f"{path}, row {i}", str(i)) for i, row in enumerate(read_jsonl(path, needed), 1)]
+    rows = read_jsonl(path, needed)
+    lines = [n for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]  # read_jsonl skips the blank ones
+    return [_custom_example(row, f"{path}, line {n}", str(i)) for i, (n, row) in enumerate(zip(lines, rows, strict=True), 1)]
 
 
 def _custom_example(row: dict, where: str, default_id: str) -> Example:
     unanswerable = row.get("unanswerable") is True
-    if not unanswerable and "answer" not in row:
-        raise InputError(f"{where}: the field 'answer' is missing")
     tests = row.get("tests", [])
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
         raise InputError(f"{where}: 'tests' must be a list of strings")
-    texts = {field: str(row.get(field, "")) for field in ("question", "context", "setup")}
-    answer = ABSTAIN if unanswerable else str(row["answer"])
-    return Example(str(row.get("id", default_id)), answer=answer, tests=tuple(tests), unanswerable=unanswerable, **texts)
+    row = {"id": default_id, "context": "", "setup": ""} | row  # what may be left out, but not be null
+    texts = {field: text_of(row, field, where) for field in ("id", "question", "context", "setup")}
+    answer = ABSTAIN if unanswerable else text_of(row, "answer", where)
+    return Example(**texts, answer=answer, tests=tuple(tests), unanswerable=unanswerable)
 
 
 # ------------------------------------------------------------------------------------------------ tasks

@@ -13,7 +13,9 @@ Decided here, the paper being silent:
 1. Prompt at test time: the base model gets the predict prompt (it is "prompted"), a trained model its train prompt.
 2. Accuracy comes with Wilson's 95 % interval, a difference to SFT with McNemar's exact test over the same test rows.
 3. Drift is the mean of KL(base || tuned) over every token of the base model's own greedy responses, to general prompts
-   (examples/general.jsonl) and to the first 24 test prompts. It needs no benchmark, and tracks forgetting (arXiv 2509.04259).
+   (examples/general.jsonl; 32 tokens at most) and to the first 24 test prompts. It needs no benchmark, and tracks forgetting
+   (arXiv 2509.04259).
+4. An unreadable verdict of the LLM judge (8 tokens at most) counts as not accepted, and is counted.
 """
 
 import argparse
@@ -39,7 +41,7 @@ from audit import audit
 from data import EXAMPLES, Example, Task, chat_ids, load_task, prompt, training_ids
 from files import (InputError, add_rows, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl, write_json)
 from generate import generate
-from model import best_device, load_model, log_probs, packs, peak_memory_gib, target_logits
+from model import load_model, log_probs, packs, peak_memory_gib, target_logits, usable_device
 from report import write_benchmark_report, write_report
 from stats import mcnemar, wilson
 
@@ -79,8 +81,7 @@ def respond(model, tokenizer, task: Task, prompts: dict[str, str], path: Path, s
     rows = read_responses(path)
     there = {row["id"] for row in rows}
     todo = [name for name in prompts if name not in there]
-    if todo:
-        rows = add_rows(path, todo, make, lambda rows: in_order(rows, prompts))
+    rows = add_rows(path, rows, todo, make, lambda rows: in_order(rows, prompts))
     by_id = {row["id"]: row for row in rows}
     return {name: by_id[name] for name in prompts}
 
@@ -117,8 +118,7 @@ def judged(model, tokenizer, task: Task, rows: list[tuple[Example, str]], path: 
     verdicts = resume_jsonl(path)
     there = {row["id"] for row in verdicts if row["digest"] == digests.get(row["id"])}
     todo = [(x, response) for x, response in rows if x.id not in there]
-    if todo:
-        verdicts = add_rows(path, todo, make, lambda verdicts: in_order(verdicts, digests))
+    verdicts = add_rows(path, verdicts, todo, make, lambda verdicts: in_order(verdicts, digests))
     by_id = {row["id"]: row["accepted"] for row in verdicts}
     return {x.id: by_id[x.id] for x, _ in rows}
 
@@ -127,7 +127,7 @@ def asker(model, tokenizer):
     """What the LLM judge asks: the base model, also inside a trained one (the paper's NQ judge is the base model)."""
 
     def ask(prompts: list[str]) -> list[str]:
-        encoded = [chat_ids(tokenizer, text) for text in prompts]
+        encoded = encode_prompts(model, tokenizer, {f"{i} of the LLM judge": text for i, text in enumerate(prompts, 1)})
         with lora.disabled(model):
             replies = dict(generate(model, tokenizer, encoded, max_new_tokens=8))
         return [replies[i].text for i in range(len(prompts))]
@@ -197,8 +197,17 @@ def log_probabilities(model, tokenizer, task: Task, examples: list[Example], run
 
 
 def accepted_responses(run: Path, kind: str) -> dict[str, str]:
+    """id -> response of those that a method may train on: the judge accepts them, and no paraphrase that leaks its prompt."""
     accepted = {row["id"] for row in resume_jsonl(run / f"{kind}.judged.jsonl") if row["accepted"]}
-    return {row["id"]: row["response"] for row in resume_jsonl(run / f"{kind}.jsonl") if row["id"] in accepted}
+    return {row["id"]: row["response"] for row in resume_jsonl(run / f"{kind}.jsonl")
+            if row["id"] in accepted and not (kind == "paraphrases" and judges.leaks(row["response"]))}
+
+
+def selection_faults(run: Path) -> dict[str, dict[str, int]]:
+    """What selection had to count as not accepted, or cut off, among the run's responses to its training rows."""
+    return {kind: {"n": len(rows), "length_limit_hit": sum(not row.get("finished", True) for row in rows),
+                   "unreadable_verdicts": sum(row["accepted"] is None for row in resume_jsonl(run / f"{kind}.judged.jsonl"))}
+            for kind in ("predictions", "paraphrases") if (rows := resume_jsonl(run / f"{kind}.jsonl"))}
 
 
 # ------------------------------------------------------------------------------------------------ a run
@@ -213,34 +222,38 @@ def trained_methods(run: Path) -> list[str]:
 def evaluate_run(run: Path, args) -> dict:
     """Everything about the run's models that report.md shows, as one dictionary (results.json)."""
     config = read_config(run)
-    out = results_folder(run, args)
     if args.task:
         config |= {"trained_on": config["task"], "task": args.task, "files": None, "judge": None, "max_new_tokens": None}
     task, (train, _, test) = task_of(config, args.data)
     announce_sandbox(task, args.sandbox)
-    model, tokenizer = load_model(config["model"], args.device, config["dtype"])
-    results = {"config": config, "machine": machine(model), "log_probabilities": None, "models": {},
-               "reflect": None if args.task else reflect_summary(run)}
-    if (out / "predictions.jsonl").exists():
-        results["log_probabilities"] = log_probabilities(model, tokenizer, task, train, run)
-    for name in ["base", *trained_methods(run)]:
+    model, tokenizer = load_model(config["model"], args.device, config["dtype"], args.trust_remote_code)
+    results = {"config": config, "machine": machine(model), "log_probabilities": None, "selection": {}, "reflect": None,
+               "models": {}}
+    if not args.task:
+        results |= {"selection": selection_faults(run), "reflect": reflect_summary(run)}
+        if (run / "predictions.jsonl").exists():
+            results["log_probabilities"] = log_probabilities(model, tokenizer, task, train, run)
+    folders = {name: model_folder(run, name, args) for name in ["base", *trained_methods(run)]}
+    base_samples = None  # the first model is the base model
+    for name, folder in folders.items():
         trained = None
         if name != "base":
             load_adapter(model, run / name)
             trained = read_json(run / name / "training.json")
-        results["models"][name] = evaluate_model(model, tokenizer, task, test, out, name, trained)
+        results["models"][name] = evaluate_model(model, tokenizer, task, test, folder, folders["base"], trained)
         if config["task"] == "gsm8k":
-            results["models"][name]["harness"] = harness_accuracy(out / name / "test.jsonl", test)
+            results["models"][name]["harness"] = harness_accuracy(folder / "test.jsonl", test)
         if args.benchmarks:
-            results["models"][name]["benchmarks"] = benchmark_run(model, tokenizer, out, name, args)
-    compare(results["models"], out, test)
+            found, samples = benchmark_run(model, tokenizer, run, name, base_samples, args)
+            results["models"][name]["benchmarks"], base_samples = found, base_samples or samples
+    compare(results["models"], folders, test)
     results["machine"]["peak_memory_gib"] = peak_memory_gib()
     return results
 
 
-def results_folder(run: Path, args) -> Path:
-    """The run's own folder, or the one in it for another task than it was trained on."""
-    return run / f"on_{args.task}" if args.task else run
+def model_folder(run: Path, name: str, args) -> Path:
+    """Where a model's answers are: with it, and apart from those to another task than it was trained on."""
+    return run / name / f"on_{args.task}" if args.task else run / name
 
 
 def load_adapter(model, folder: Path) -> None:
@@ -250,13 +263,13 @@ def load_adapter(model, folder: Path) -> None:
         raise InputError(str(error)) from None
 
 
-def evaluate_model(model, tokenizer, task: Task, test: list[Example], run: Path, name: str, trained: dict | None) -> dict:
-    """One model's row of the report; `trained` is its training.json, None for the base model."""
+def evaluate_model(model, tokenizer, task: Task, test: list[Example], folder: Path, base: Path, trained: dict | None) -> dict:
+    """One model's row of the report, its answers kept in `folder`; `trained` is its training.json, None for the base model."""
     template = task.train if trained else task.predict
     prompts = {x.id: prompt(template, x) for x in test}
-    rows = respond(model, tokenizer, task, prompts, run / name / "test.jsonl")
+    rows = respond(model, tokenizer, task, prompts, folder / "test.jsonl")
     pairs = [(x, rows[x.id]["response"]) for x in test]
-    verdicts = judged(model, tokenizer, task, pairs, run / name / "test.judged.jsonl")
+    verdicts = judged(model, tokenizer, task, pairs, folder / "test.judged.jsonl")
     correct = sum(map(bool, verdicts.values()))
     result = {
         "accuracy": correct / len(test), "interval": wilson(correct, len(test)), "n": len(test),
@@ -267,10 +280,10 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], run: Path,
         result["reading"] = judges.reading_scores(pairs)
     general = {row["id"]: row["prompt"] for row in read_jsonl(EXAMPLES / "general.jsonl", ("id", "prompt"))}
     if not trained:
-        respond(model, tokenizer, GENERAL, general, run / "base" / "general.jsonl")
+        respond(model, tokenizer, GENERAL, general, base / "general.jsonl")
         return result
-    dialogues = {"general": base_dialogues(run / "base" / "general.jsonl", general),
-                 "task": base_dialogues(run / "base" / "test.jsonl", {x.id: prompt(task.predict, x) for x in test[:24]})}
+    dialogues = {"general": base_dialogues(base / "general.jsonl", general),
+                 "task": base_dialogues(base / "test.jsonl", {x.id: prompt(task.predict, x) for x in test[:24]})}
     drift = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
     return result | {"drift": drift, "training": trained}
 
@@ -304,10 +317,10 @@ def reflect_summary(run: Path) -> str | None:
             f"{sum(row['judged'] is True for row in old)}.")
 
 
-def compare(models: dict, run: Path, test: list[Example]) -> None:
-    """Add each trained model's paired comparison against SFT."""
+def compare(models: dict, folders: dict[str, Path], test: list[Example]) -> None:
+    """Add each model's paired comparison against SFT."""
     def verdicts(name):
-        accepted = {row["id"]: bool(row["accepted"]) for row in read_jsonl(run / name / "test.judged.jsonl")}
+        accepted = {row["id"]: bool(row["accepted"]) for row in read_jsonl(folders[name] / "test.judged.jsonl")}
         return [accepted[x.id] for x in test]
 
     for name, result in models.items():
@@ -330,7 +343,7 @@ def task_of(config: dict, data: str):
 
 def machine(model) -> dict:
     on_gpu = model.device.type == "cuda"
-    device = torch.cuda.get_device_name() if on_gpu else f"{model.device}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(model.device) if on_gpu else f"{model.device}, {torch.get_num_threads()} threads"
     return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__,
             "date": time.strftime("%Y-%m-%d")}
 
@@ -338,28 +351,25 @@ def machine(model) -> dict:
 # ------------------------------------------------------------------------------------------------ general benchmarks
 
 
-def score_benchmarks(model, tokenizer, folder: Path, args) -> dict:
-    """Scores on args.benchmarks (Table 4); each document's are kept in `folder`/samples.jsonl."""
+def score_benchmarks(model, tokenizer, folder: Path, args) -> tuple[dict, list[dict]]:
+    """(scores on args.benchmarks (Table 4), each document's), the latter kept in `folder`/samples.jsonl too."""
     return benchmarks.score(model, tokenizer, args.benchmarks, args.data, folder, args.limit, args.num_fewshot,
                             args.apply_chat_template, args.add_bos)
 
 
-def benchmark_run(model, tokenizer, run: Path, name: str, args) -> dict:
-    """One model of a run: its scores, and for a trained one the drop against the base model on the same documents."""
-    found = {"scores": score_benchmarks(model, tokenizer, run / name / "benchmarks", args)}
-    if name != "base":
-        both = [[row for row in read_jsonl(run / who / "benchmarks" / "samples.jsonl") if row["benchmark"] in args.benchmarks]
-                for who in ("base", name)]
-        found["drop"] = benchmarks.paired_drop(*both)
-    return found
+def benchmark_run(model, tokenizer, run: Path, name: str, base_samples: list[dict] | None, args) -> tuple[dict, list[dict]]:
+    """One model of a run: its scores, for a trained one also the drop against the base model, and each document's scores."""
+    scores, samples = score_benchmarks(model, tokenizer, run / name / "benchmarks", args)
+    drop = {"drop": benchmarks.paired_drop(base_samples, samples)} if base_samples else {}
+    return {"scores": scores} | drop, samples
 
 
 def benchmark_model(args) -> None:
     """A model on its own, with or without an adapter: `--model M --benchmarks LIST --out F`."""
-    model, tokenizer = load_model(args.model, args.device)
+    model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code, chat=args.apply_chat_template)
     if args.adapter:
         load_adapter(model, args.adapter)
-    scores = score_benchmarks(model, tokenizer, args.out, args)
+    scores, _ = score_benchmarks(model, tokenizer, args.out, args)
     write_json(args.out / "results.json", {"model": args.model, "adapter": args.adapter and str(args.adapter),
                                            "machine": machine(model), "benchmarks": scores})
     print(write_benchmark_report(args.model, scores, args.out))
@@ -373,21 +383,27 @@ def parse(argv=None):
     parser.error = fail
     parser.add_argument("--out", required=True, type=Path, help="the run folder that s3ft.py wrote")
     parser.add_argument("--data", default="data", help="where the data sets are (%(default)s)")
-    general = parser.add_argument_group("general benchmarks (Table 4), scored as lm-evaluation-harness scores them")
     parser.add_argument("--task", help="measure on this task's test rows instead of the run's own: out of domain")
     parser.add_argument("--audit", type=count, metavar="N", help="draw N judged rows for a person to mark, or read them back")
+    general = parser.add_argument_group("general benchmarks (Table 4), scored as lm-evaluation-harness scores them")
     general.add_argument("--benchmarks", type=lambda text: text.split(","), metavar="LIST",
                          help=f"of {','.join(benchmarks.BENCHMARKS)}")
     general.add_argument("--model", help="score this model instead of a run's; --out is then a folder of its own")
     general.add_argument("--adapter", type=Path, metavar="FOLDER", help="with --model: an adapter in PEFT's format")
+    general.add_argument("--dtype", choices=("bfloat16", "float32"),
+                         help="with --model (default: bfloat16 on cuda, else float32)")
     general.add_argument("--limit", type=count, help="only the first N documents (of MMLU: of each subject)")
-    general.add_argument("--num-fewshot", type=int, default=0, metavar="K", help="solved MMLU questions shown (%(default)s)")
+    general.add_argument("--num-fewshot", type=int, choices=range(6), default=0, metavar="K",
+                         help="solved MMLU questions shown, 0 to 5 (%(default)s)")
     general.add_argument("--apply-chat-template", action="store_true", help="ask in the model's chat template")
     general.add_argument("--add-bos", action="store_true", help="put one BOS token in front")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--sandbox", choices=("best", "strict"), default="best", help="code judge: see s3ft.py (%(default)s)")
     args = parser.parse_args(argv)
-    args.device = args.device or best_device()
+    args.device = usable_device(args.device)
+    if args.task == "custom":
+        raise InputError("--task custom: only a built-in task can be measured on a run that was trained on another")
     return args
 
 
@@ -402,7 +418,7 @@ def main(argv=None) -> None:
     with locked(args.out), ranks.joined(args.device):
         if args.audit:
             return print(audit(args.out, task_of(config, args.data)[1][0], args.audit))
-        results, out = evaluate_run(args.out, args), results_folder(args.out, args)
+        results, out = evaluate_run(args.out, args), args.out / f"on_{args.task}" if args.task else args.out
         if ranks.RANK == 0:
             write_json(out / "results.json", results)
             print(write_report(results, out))

@@ -91,7 +91,7 @@ def write_jsonl(path: Path | str, rows) -> None:
 
 
 def append_jsonl(path: Path | str, row: dict) -> None:
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab") as file:  # buffered: a disk that is full ends in an error, never in half a row unnoticed
         file.write(to_line(row))
 
 
@@ -102,8 +102,9 @@ def resume_jsonl(path: Path | str) -> list[dict]:
     """
     path = Path(path)
     rows = _resume(path)
+    known = set(map(to_line, rows))
     for part in _parts(path):
-        rows += [row for row in _resume(part) if row not in rows]
+        rows += [row for row in _resume(part) if to_line(row) not in known]
     return rows
 
 
@@ -127,11 +128,14 @@ def _resume(path: Path) -> list[dict]:
     return [_parse(line, f"{path}, line {i}", ()) for i, line in enumerate(whole.split(b"\n"), 1) if line.strip()]
 
 
-def add_rows(path: Path, todo: Sequence, make: Callable[[list], Iterable[dict]], arrange: Callable[[list], list]) -> list[dict]:
+def add_rows(path: Path, rows: list[dict], todo: Sequence, make: Callable[[list], Iterable[dict]],
+             arrange: Callable[[list], list]) -> list[dict]:
     """Make the rows for `todo`, each appended as soon as it is there; then write arrange(all rows) -> what was written.
 
-    With several processes each makes its share, in a file of its own beside `path`.
+    `rows` is what resume_jsonl found. With several processes each makes its share, in a file of its own beside `path`.
     """
+    if not todo and not _parts(path) and arrange(rows) == rows:
+        return rows
     own = path if ranks.WORLD == 1 else path.with_suffix(f".rank{ranks.RANK}.jsonl")
     own.parent.mkdir(parents=True, exist_ok=True)
     ranks.barrier()  # all have read what was there
@@ -187,6 +191,8 @@ def locked(folder: Path):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"--out {folder}: another run is using it; wait for it or take another folder") from None
+        for scratch in folder.rglob(".*.tmp"):  # a killed run was writing it
+            scratch.unlink()
         yield
 
 

@@ -30,6 +30,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from data import end_of_turn
+
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}  # the most that one forward reads: bounds its activations
 REFILL_TOKENS = 512  # reading this many uses the machine well, so it need not wait for more free slots
 FAMILY_TOKENS = 32  # a family has a forward of its own if that saves at least this many tokens
@@ -125,6 +127,8 @@ class Ending:
     def __init__(self, model, tokenizer, stop: str | None):
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        if tokenizer.chat_template:
+            self.eos.add(end_of_turn(tokenizer))  # what training_ids teaches the model to end with
         self.tokenizer, self.stop, self.closers = tokenizer, stop, {}
 
     def __call__(self, row: Row) -> Response | None:

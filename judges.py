@@ -6,14 +6,17 @@ numeric, for GSM8K: the last number of the response equals the last number of th
     18   +18   18.   18!   **18**   _18_      18              marks around digits are not part of a number
     18.00   018                               18              it is compared by value, exactly, however long
     1,234   1,234,567.5                       1234, 1234567.5 groups of exactly three digits
-    1{,}234   1\,234   1'234   1_234   1 234  1234            so written too (the last with a thin or no-break blank)
+    1{,}234   1\,234   1'234   1_234   1 234  1234            so written too (the last with a thin or no-break blank),
+    1,\!234                                   1234            as MATH does it
     1,23   3, 4   1,2345                      23, 4, 2345     any other comma ends a number
     .5   0.5                                  0.5             but ...5 is 5, and 1.2.3 ends in 3
     $18   £18   18 %   18kg   18 km/h         18              currency, percent and units are not read
     \boxed{18}   \$18   \(18\)   #### 18      18              nor is markup
-    m^2   m^{2}   cm²                         nothing         an exponent is no number of its own
+    m^2   m^{2}   cm²                         nothing         an exponent is no number of its own,
+    10^6   2^{5}   1.2 x 10^3   10⁶           10, 2, 10, 10   nor is a power worked out: the base is the number
     -18   −18   –18   -$18   (-18)   $-18     -18             a minus touches its number, or the number's currency,
-    5-18   day-18   ) -18                     18, 18, -18     and nothing that it could subtract from touches it;
+    5-18   day-18   ) -18                     18, 18, -18     and nothing that it could subtract from touches it,
+    10%-18%   5°-18°   20€-18€   $20$-$18$    18              a sign that ends a number among them;
     - 18   10 - 18                            18              a bullet or a subtraction is no sign
     1.8e1   1E3                               18, 1000        an exponent of up to three digits
     ３   १८                                    3, 18           the decimal digits of any script
@@ -27,7 +30,8 @@ llm, for NQ: the prompt of Fig. 8; True or False is read off the reply, anything
 recall, for short golds: every word of the gold is in the response, or it abstains where there is no answer (ours).
 
 Deviations from the published definitions:
-1. Abstention: the phrases that Slobodkin et al. (2023) count, but as whole words ("n/a" is not found in "corn/apples").
+1. Abstention: the phrases that Slobodkin et al. (2023) count, but as whole words ("n/a" is not found in "corn/apples");
+   those that they count as the whole reply only, we take without the blanks and marks around it ("Unknown." is "unknown").
 2. Token recall: SQuAD's normalisation (v1.1 script), multiset overlap. A gold of which that leaves nothing ("A", "the")
    would be recalled by every response: there, the whole response must be the gold.
 
@@ -43,6 +47,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
+import ranks
 import sandbox
 from data import Example, fill
 
@@ -51,9 +56,11 @@ from data import Example, fill
 NUMBER = re.compile(
     r"""
     \^ \{? [-−]? [\d.]+                                          # an exponent: passed over
-  | (?: (?<! [^\W_] ) (?<! [)\]}\-−–] ) (?P<minus> [-−–－] )     # a minus, with nothing to subtract from
+  | (?: (?<! [^\W_] ) (?<! [)\]}\-−–%°] )                         # a minus, with nothing to subtract from: no letter or
+        (?<! \d [$€£¥₹] ) (?<! \d \\ \$ ) (?<! \d \s [€£¥₹] )     # digit, bracket, 5%, 5°, 5€, 5\$, 5 € (5 $-3$ is two)
+        (?P<minus> [-−–－] )
         (?: \\? [$€£¥₹] )? )?
-    (?P<digits> \d{1,3} (?: (?: [,，'’_\u00a0\u2009\u202f] | \{,\} | \\, ) \d{3} )+ (?! \d )   # 1,234,567
+    (?P<digits> \d{1,3} (?: (?: [,，'’_\u00a0\u2009\u202f] | \{,\} | \\, | ,\\! ) \d{3} )+ (?! \d )   # 1,234,567
               | \d+
               | (?<! [\w.] ) (?= \. \d ) )                         # .5
     (?P<rest> (?: \. \d+ )? (?: [eE] [+-]? \d{1,3} (?! \w ) )? )
@@ -166,7 +173,7 @@ class LLMJudge:
 MAX_WORDS = 50  # so that reciting the context is no answer
 ABSTENTIONS = ("unanswerable", "n/a", "idk", "i don't know", "not known", "answer not in context",
                "the answer is unknown")
-WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # these count only as a whole sentence
+WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # these count only as the whole reply
 ABSTENTION = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ABSTENTIONS)) + r")(?!\w)")
 SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\s/\s|\n")
 
@@ -187,13 +194,17 @@ def token_recall(response: str, gold: str) -> float:
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text, lower-cased and without marks around them."""
-    parts = SENTENCE_END.split(text.lower().replace("’", "'"))
-    return [part for part in (part.strip(string.punctuation + string.whitespace) for part in parts) if part]
+    return [part for part in map(bare, SENTENCE_END.split(text)) if part]
+
+
+def bare(text: str) -> str:
+    """Lower-cased, without marks and blanks around it."""
+    return text.lower().replace("’", "'").strip(string.punctuation + string.whitespace)
 
 
 def abstains(response: str) -> bool:
-    """Does the response say, anywhere, that there is no answer?"""
-    return any(ABSTENTION.search(part) or part in WHOLE_ABSTENTIONS for part in sentences(response))
+    """Does the response say that there is no answer: by a phrase in it, or by nothing else in it?"""
+    return bare(response) in WHOLE_ABSTENTIONS or any(ABSTENTION.search(part) for part in sentences(response))
 
 
 def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequence[str] = ()) -> bool:
@@ -204,8 +215,19 @@ def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequen
     if len(response.split()) > MAX_WORDS:
         return False
     if unanswerable:
-        return any(abstains(first) for first in sentences(response)[:1])
+        return abstains(response) and any(abstains(first) for first in sentences(response)[:1])
     return not abstains(response) and any(token_recall(response, answer) == 1 for answer in (gold, *aliases))
+
+
+# ------------------------------------------------------------------------------------------------ leaks
+
+LEAKS = ("reference answer", "your response", "my response", "your own response", "now it's your turn")
+
+
+def leaks(paraphrase: str) -> bool:
+    """Does a paraphrase speak of its prompt instead of to the question? (The list is SDFT's.)"""
+    text = paraphrase.lower()
+    return text.startswith("your turn") or any(leak in text for leak in LEAKS)
 
 
 # ------------------------------------------------------------------------------------------------ reading, graded
@@ -261,17 +283,23 @@ JUDGES: dict[str, Callable[[Example, str], bool]] = {
 LLM_BATCH = 256  # pairs a call of the LLM judge: enough for the generator to group prompts of like length
 
 
+def workers() -> int:
+    """How many programs this process runs at a time: its share of the cores that it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks.WORLD)
+
+
 def judge_all(name: str, pairs: Sequence[tuple[Example, str]], generate=None) -> Iterator[bool | None]:
     """Verdicts on (example, response) pairs, in order, as they come. "llm" asks `generate`; None: no verdict in it.
 
-    Programs run in parallel, one a core; their limit is CPU time, so that a busy machine changes no verdict.
+    Programs run in parallel, one a core (workers); their limit is CPU time, so that a busy machine changes no verdict.
     """
     if name == "llm":
         judge = LLMJudge(generate)
         for start in range(0, len(pairs), LLM_BATCH):
             yield from judge.verdicts(pairs[start : start + LLM_BATCH])
     elif name == "code":
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(workers()) as pool:
             yield from pool.map(lambda pair: JUDGES["code"](*pair), pairs)
     else:
         yield from (JUDGES[name](*pair) for pair in pairs)

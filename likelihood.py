@@ -18,21 +18,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-BATCH_TOKENS = {"cpu": 512, "cuda": 8192}  # one forward's tokens, padding included; 4096 elsewhere
+from files import InputError
+
+BATCH_TOKENS = {"cpu": 512, "cuda": 8192}  # that a forward holds, with padding and every row's prefix; 4096 elsewhere
 WORTH_SHARING = 8  # tokens: a shorter prefix is not kept as keys and values
 DEFAULT_MAX_LENGTH = 2048  # the harness's, for a model that names none
 
 
 @dataclass(frozen=True)
 class Option:
-    """One request in words: a user turn, what is scored after it, and a task description that stands before both."""
+    """One request in words: a user turn, what is scored after it; before both a task description, and solved questions."""
 
     context: str
     continuation: str
     description: str = ""
+    shots: tuple[tuple[str, str], ...] = ()  # (question, answer)
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,16 @@ class Encoder:
         return [self.request(*self.render(option), known) for option in options]
 
     def render(self, option: Option) -> tuple[str, str]:
-        """(context, continuation) as the model reads them. A template that refuses a system role loses the description."""
+        """(context, continuation) as the model reads them. A template that refuses a system role loses the description.
+
+        In a template a shot is a user's and an assistant's turn: the harness's command line has it so (fewshot_as_multiturn).
+        """
         if not self.apply_chat_template:
-            return option.description + option.context, " " + option.continuation
-        turns = [{"role": "user", "content": option.context}]
+            solved = "".join(f"{question} {answer}\n\n" for question, answer in option.shots)
+            return option.description + solved + option.context, " " + option.continuation
+        turns = [{"role": role, "content": text} for shot in option.shots
+                 for role, text in zip(("user", "assistant"), shot, strict=True)]
+        turns.append({"role": "user", "content": option.context})
         if option.description:
             try:
                 return self.chat([{"role": "system", "content": option.description}, *turns]), option.continuation
@@ -167,6 +177,7 @@ def log_likelihoods(model, documents: list[list[Request]], share: bool) -> Itera
     """(index of the document, its requests' log-likelihoods in nats), the longest documents first.
 
     What all the documents begin with is computed once, so give those together that begin alike. `share`: see can_share.
+    Out of memory: batches are half as large from there on, in later calls too. InputError: one document alone does not fit.
     """
     first = np.cumsum([0, *map(len, documents)])  # requests are numbered through
     totals = np.zeros(first[-1])
@@ -175,38 +186,72 @@ def log_likelihoods(model, documents: list[list[Request]], share: bool) -> Itera
     for start, document in zip(first, documents, strict=False):
         numbered = dict(enumerate(document, int(start)))
         rows.append([grow(numbered, len(prefix))] if share else separate(numbered))
-    for batch in batches(rows, BATCH_TOKENS.get(model.device.type, 4096)):
-        trees = [tree for index in batch for tree in rows[index]]
-        add_scores(model, trees, totals, tree_inputs(model, trees, keys) if share else sequence_inputs(model, trees))
-        yield from ((index, totals[first[index]:first[index + 1]].tolist()) for index in batch)
+    queue = sorted(range(len(rows)), key=lambda index: -longest(rows[index]))
+    budget = BATCH_TOKENS.setdefault(model.device.type, 4096)
+    while queue:
+        batch, cost = next_batch(queue, rows, len(prefix), budget)
+        if add_scores(model, [tree for index in batch for tree in rows[index]], totals, share, keys):
+            del queue[:len(batch)]
+            yield from ((index, totals[first[index]:first[index + 1]].tolist()) for index in batch)
+        elif len(batch) > 1:
+            budget = BATCH_TOKENS[model.device.type] = cost // 2
+            tqdm.write(f"out of memory: going on with {budget} tokens a batch")
+        else:
+            raise InputError(too_large(model, cost))
 
 
-def batches(rows: list[list[Tree]], budget: int) -> Iterator[list[int]]:
-    """Indices of documents (each a list of rows), the longest first, so many that the padded batch keeps to the budget."""
-    width, batch, count = 0, [], 0
-    longest = [max(len(tree.tokens) for tree in document) for document in rows]
-    for index in sorted(range(len(rows)), key=lambda index: -longest[index]):
+def longest(document: list[Tree]) -> int:
+    return max(len(tree.tokens) for tree in document)
+
+
+def next_batch(queue: list[int], rows: list[list[Tree]], past: int, budget: int) -> tuple[list[int], int]:
+    """(as many documents (each a list of rows) off the head of the queue as the budget holds, at least one; their tokens).
+
+    The longest comes first and pads the others. Every row has its own copy of the prefix's `past` keys and values.
+    """
+    width, count, batch = past + longest(rows[queue[0]]), 0, []
+    for index in queue:
         if batch and width * (count + len(rows[index])) > budget:
-            yield batch
-            batch, count = [], 0
-        width = longest[index] if not batch else width
+            break
         batch.append(index)
         count += len(rows[index])
-    if batch:
-        yield batch
+    return batch, width * count
 
 
-def add_scores(model, trees: list[Tree], totals: np.ndarray, inputs: dict) -> None:
-    """One forward: add the log-probability of every target (of float32 logits) to the total of the request that asks."""
+def too_large(model, tokens: int) -> str:
+    return (f"out of memory: {model.device} cannot hold one document ({tokens} tokens) beside the model. Free memory there, "
+            "show fewer examples (--num-fewshot), or take another --device")
+
+
+def add_scores(model, trees: list[Tree], totals: np.ndarray, share: bool, keys: list | None) -> bool:
+    """One forward: add the log-probability of every target to the total of the request that asks. Out of memory: False.
+
+    Nothing is added then. The caller goes on after the `except`: inside, the traceback would keep all tensors alive.
+    """
+    numbers = [number for tree in trees for _, _, number in tree.targets]
+    try:
+        losses = target_losses(model, trees, tree_inputs(model, trees, keys) if share else sequence_inputs(model, trees))
+    except torch.OutOfMemoryError:
+        losses = None
+    if losses is None:
+        torch.cuda.empty_cache()
+        return False
+    np.subtract.at(totals, numbers, losses)
+    return True
+
+
+def target_losses(model, trees: list[Tree], inputs: dict) -> np.ndarray:
+    """-log p `[targets]` of every target of the trees, by softmax of float32 logits."""
     width = inputs["input_ids"].shape[1]
-    targets = [(row * width + node, token, number) for row, tree in enumerate(trees) for node, token, number in tree.targets]
-    nodes, tokens, numbers = torch.tensor(targets).T
+    targets = [(row * width + node, token) for row, tree in enumerate(trees) for node, token, _ in tree.targets]
+    nodes, tokens = torch.tensor(targets).T
     places, which = torch.unique(nodes, return_inverse=True)
     logits = logits_at(model, places.to(model.device), inputs)
+    losses = []
     for part in torch.arange(len(targets)).split(64):  # few at a time: float32 logits are large
         some = logits[which[part].to(model.device)].float()
-        losses = F.cross_entropy(some, tokens[part].to(model.device), reduction="none")
-        np.subtract.at(totals, numbers[part].numpy(), losses.cpu().numpy())
+        losses.append(F.cross_entropy(some, tokens[part].to(model.device), reduction="none").cpu())
+    return torch.cat(losses).numpy()
 
 
 def logits_at(model, places: torch.Tensor, inputs: dict) -> torch.Tensor:
@@ -259,7 +304,10 @@ def shared_prefix(model, documents: list[list[Request]]) -> tuple[list[int], lis
         return [], None
     cache = DynamicCache()
     last = torch.tensor([len(prefix) - 1], device=model.device)  # some logits have to be asked for
-    logits_at(model, last, {"input_ids": pad([prefix], model.device), "past_key_values": cache, "use_cache": True})
+    try:
+        logits_at(model, last, {"input_ids": pad([prefix], model.device), "past_key_values": cache, "use_cache": True})
+    except torch.OutOfMemoryError:
+        raise InputError(too_large(model, len(prefix))) from None
     return prefix, [(layer.keys, layer.values) for layer in cache.layers]
 
 

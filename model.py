@@ -9,13 +9,18 @@ where no attention_mask is passed and use_cache is False; otherwise rows silentl
 the blocks alone, where that is faster: plain full attention.
 """
 
+import contextlib
 import os
 import resource
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -54,30 +59,61 @@ def best_device() -> str:
     return f"cuda:{ranks.LOCAL_RANK}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_model(name: str, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False):
-    """(model, tokenizer) of a Hugging Face name or folder: safetensors only, bfloat16 on a GPU and float32 elsewhere."""
-    device = device or best_device()
-    dtype = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+def usable_device(name: str | None) -> str:
+    """The device of that name, or the best there is. InputError: this machine has none."""
+    name = name or best_device()
     try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: this machine has none, or torch cannot use it") from None
+    if name.startswith("cuda"):
+        torch.cuda.set_device(name)
+    return name
+
+
+@contextlib.contextmanager
+def naming(name: str):
+    """Turn whatever loading a model can raise into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InputError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False, chat: bool = True):
+    """InputError: it cannot be loaded, or has no chat template where one is needed."""
+    with naming(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if chat and not tokenizer.chat_template:
+        raise InputError(f"--model {name}: its tokenizer has no chat template; take an instruct model")
+    return tokenizer
+
+
+def load_model(name: str, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False,
+               chat: bool = True):
+    """(model, tokenizer) of a Hugging Face name or folder: safetensors only, bfloat16 on a GPU and float32 elsewhere."""
+    device = usable_device(device)
+    dtype = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    tokenizer = load_tokenizer(name, trust_remote_code, chat)
+    with naming(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
-    if not tokenizer.chat_template:
-        raise InputError(f"--model {name}: its tokenizer has no chat template; take an instruct model")
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("rows")
     return model.to(device).eval(), tokenizer
 
 
-def target_logits(model, rows: list[Row], share_prefix: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits `[targets, vocab]`, targets `[targets]`) of all rows' target tokens, in row order.
+def count_weights(name: str, trust_remote_code: bool = False) -> int:
+    """How many weights a model has, from its configuration alone: nothing is loaded."""
+    with naming(name), torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return sum(p.numel() for p in model.parameters())
 
-    `share_prefix` computes the tokens with which all rows begin only once: the same numbers, but for a LoRA dropout that then
-    draws one mask for them all.
-    """
+
+def packed(model, rows: list[Row], share_prefix: bool) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """(the model's inputs, positions `[targets]` whose outputs predict the targets, targets `[targets]`), in row order."""
     shared = common_prefix(rows) if share_prefix and can_share_prefix(model) else 0
     prefix = [(rows[0][0][:shared], [False] * shared)] if shared else []
     parts = prefix + [(ids[shared:], mask[shared:]) for ids, mask in rows]
@@ -86,10 +122,65 @@ def target_logits(model, rows: list[Row], share_prefix: bool = False) -> tuple[t
     ids = torch.tensor([token for ids, _ in parts for token in ids], device=model.device)
     positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)]).to(model.device)
     is_target = torch.tensor([target for _, mask in parts for target in mask], device=model.device)
-    predicts = is_target.nonzero().squeeze(1) - 1  # the logits at t - 1 predict the token at t
-    output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False,
-                   logits_to_keep=predicts, row_lengths=lengths, shared=shared)
-    return output.logits[0], ids[predicts + 1]
+    at = is_target.nonzero().squeeze(1)
+    inputs = {"input_ids": ids[None], "position_ids": positions[None], "use_cache": False, "row_lengths": lengths,
+              "shared": shared}
+    return inputs, at - 1, ids[at]  # the output at t - 1 predicts the token at t
+
+
+def target_logits(model, rows: list[Row], share_prefix: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits `[targets, vocab]`, targets `[targets]`) of all rows' target tokens, in row order.
+
+    `share_prefix` computes the tokens with which all rows begin only once: the same numbers, but for a LoRA dropout that then
+    draws one mask for them all.
+    """
+    inputs, predicts, targets = packed(model, rows, share_prefix)
+    return model(**inputs, logits_to_keep=predicts).logits[0], targets
+
+
+def target_loss(model, rows: list[Row], share_prefix: bool = False) -> torch.Tensor:
+    """-Σ log p(target) over all rows' target tokens, in nats: cross entropy on `target_logits`, without keeping logits."""
+    head = model.get_output_embeddings()
+    if not plain_head(model, head):
+        logits, targets = target_logits(model, rows, share_prefix)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+    inputs, predicts, targets = packed(model, rows, share_prefix)
+    hidden = model.base_model(**inputs).last_hidden_state[0, predicts]
+    return HeadLoss.apply(hidden, head.weight, targets)
+
+
+def plain_head(model, head) -> bool:
+    """Are the logits hidden @ weight.T and nothing else, with a frozen weight?"""
+    changed = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    return (type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+            and model.base_model is not model and not any(getattr(model.config, name, None) for name in changed))
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross entropy of softmax(h Wᵀ), summed; h `[targets, hidden]`, frozen W `[vocab, hidden]`, targets `[targets]`.
+
+    The vocabulary is the widest dimension of a model: logits, their softmax and its gradient for every target of a step would
+    be its largest tensors. So a chunk of targets goes forward, and back to h at once: dL/dh = (softmax(h Wᵀ) - onehot) W.
+    """
+
+    CHUNK = 256
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        total, gradient = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        for h, t, g in zip(*(tensor.split(HeadLoss.CHUNK) for tensor in (hidden, targets, gradient)), strict=True):
+            logits = (h @ weight.T).float()
+            log_z = logits.logsumexp(-1, keepdim=True)
+            total += (log_z - logits.gather(1, t[:, None])).sum()
+            probabilities = logits.sub_(log_z).exp_()
+            probabilities.scatter_add_(1, t[:, None], probabilities.new_full((len(t), 1), -1))
+            g.copy_(probabilities.to(weight.dtype) @ weight)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return ctx.saved_tensors[0] * grad_output, None, None
 
 
 def common_prefix(rows: list[Row]) -> int:
@@ -102,7 +193,7 @@ def can_share_prefix(model) -> bool:
     return model.config._attn_implementation == "rows" and not getattr(model.config, "sliding_window", None)
 
 
-def packs(rows: list[Row], tokens: int = 4096):
+def packs(rows: Iterable[Row], tokens: int = 4096) -> Iterator[list[Row]]:
     """Consecutive rows in groups of at most `tokens` (a longer row stands alone)."""
     group, size = [], 0
     for row in rows:
@@ -115,15 +206,32 @@ def packs(rows: list[Row], tokens: int = 4096):
         yield group
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def token_log_probs(model, rows: list[Row], share_prefix: bool = False) -> Iterator[list[float]]:
+    """log p of every target token in nats, a list a row. Out of memory: the same rows again, in packs half as large."""
+    done, tokens = 0, 4096
+    while done < len(rows):
+        group = next(packs(islice(rows, done, None), tokens))
+        found = None
+        try:
+            logits, targets = target_logits(model, group, share_prefix)
+            found = (-F.cross_entropy(logits.float(), targets, reduction="none")).split([sum(mask) for _, mask in group])
+        except torch.OutOfMemoryError:
+            if len(group) == 1:
+                raise InputError(f"out of memory over one row of {len(group[0][0])} tokens: leave out such long rows, or "
+                                 "take a smaller model") from None
+        if found is None:  # here, since the exception holds the tensors of what failed
+            tokens = sum(len(ids) for ids, _ in group) // 2
+            torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: going on with {tokens} tokens at a time")
+            continue
+        yield from (part.tolist() for part in found)
+        done += len(group)
+
+
 def log_probs(model, rows: list[Row], share_prefix: bool = False) -> list[float]:
     """log p(y | x) of every row: the sum over its target tokens, in nats (Table 1, Fig. 2)."""
-    sums = []
-    for group in packs(rows):
-        logits, targets = target_logits(model, group, share_prefix)
-        token_log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
-        sums += [part.sum().item() for part in token_log_probs.split([sum(mask) for _, mask in group])]
-    return sums
+    return [sum(row) for row in token_log_probs(model, rows, share_prefix)]
 
 
 def peak_memory_gib() -> float:

@@ -9,14 +9,14 @@ import contextlib
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partialmethod
 
-import torch
-from torch import distributed
+from tqdm import tqdm
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default))
                            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 if RANK:
-    os.environ["TQDM_DISABLE"] = "1"  # one progress bar; tqdm reads this when it is imported
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # one progress bar, not one a process
 
 
 @contextlib.contextmanager
@@ -26,8 +26,7 @@ def joined(device: str):
         yield
         return
     cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(LOCAL_RANK)
+    from torch import distributed  # here, so that judges and files need no torch
     distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere) if RANK else contextlib.nullcontext():
@@ -38,6 +37,7 @@ def joined(device: str):
 
 def barrier() -> None:
     if WORLD > 1:
+        from torch import distributed
         distributed.barrier()
 
 
@@ -60,17 +60,22 @@ def totals(*values: float) -> list[float]:
     """The sums of the values over all processes."""
     if WORLD == 1:
         return list(values)
+    import torch
+    from torch import distributed
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     sums = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(sums)
     return sums.tolist()
 
 
-def data_parallel(module: torch.nn.Module) -> torch.nn.Module:
-    """The module, with gradients averaged over the processes where there are several."""
-    return torch.nn.parallel.DistributedDataParallel(module) if WORLD > 1 else module
+def data_parallel(module):
+    """The torch module, with gradients averaged over the processes where there are several."""
+    if WORLD == 1:
+        return module
+    from torch.nn.parallel import DistributedDataParallel
+    return DistributedDataParallel(module)
 
 
-def without_sync(module: torch.nn.Module, last: bool):
+def without_sync(module, last: bool):
     """Averaging waits for the last micro-batch of a step."""
     return contextlib.nullcontext() if last or WORLD == 1 else module.no_sync()

@@ -45,12 +45,26 @@ def need(path: Path, home: str) -> Path:
     return path
 
 
-def text_of(row: dict, field: str, where: str) -> str:
+def field_of(row: dict, field: str, kind: type, called: str, where: str):
+    """row[field], which must be of that kind. InputError: `where` and the field."""
     if not isinstance(row, dict) or field not in row:
         raise InputError(f"{where}: the field {field!r} is missing")
-    if not isinstance(row[field], str | int):
-        raise InputError(f"{where}: the field {field!r} must be text")
-    return str(row[field])
+    if not isinstance(row[field], kind) or isinstance(row[field], bool):  # a bool is an int in Python
+        raise InputError(f"{where}: the field {field!r} must be {called}, found {json.dumps(row[field])[:40]}")
+    return row[field]
+
+
+def text_of(row: dict, field: str, where: str) -> str:
+    """A text; a number, as ids and answers often are, becomes one."""
+    return str(field_of(row, field, str | int | float, "text", where))
+
+
+def list_of(row: dict, field: str, where: str) -> list:
+    return field_of(row, field, list, "a list", where)
+
+
+def object_of(row: dict, field: str, where: str) -> dict:
+    return field_of(row, field, dict, "an object", where)
 
 
 def unanswerable(id: str, question: str, context: str) -> Example:
@@ -134,20 +148,27 @@ def load_squad1(folder: Path) -> Splits:
 
 def read_squad(path: Path) -> list[list[Example]]:
     """SQuAD v1.1 / v2.0 JSON -> one list of examples an article. Further answers are aliases; v2's impossible rows abstain."""
-    try:
-        return [[_squad_example(part["context"], qa, path) for part in article["paragraphs"] for qa in part["qas"]]
-                for article in read_json(path)["data"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not SQuAD-format JSON (data > paragraphs > context, qas; {error!r})") from None
+    articles = enumerate(list_of(read_json(path), "data", f"{path}, read as SQuAD's JSON"), 1)
+    return [_squad_article(article, f"{path}, article {number}") for number, article in articles]
 
 
-def _squad_example(context: str, qa: dict, path: Path) -> Example:
+def _squad_article(article: dict, where: str) -> list[Example]:
+    rows = []
+    for number, part in enumerate(list_of(article, "paragraphs", where), 1):
+        here = f"{where}, paragraph {number}"
+        context = text_of(part, "context", here)
+        rows += [_squad_example(context, qa, f"{here}, question {i}") for i, qa in enumerate(list_of(part, "qas", here), 1)]
+    return rows
+
+
+def _squad_example(context: str, qa: dict, where: str) -> Example:
     """No answers means none exist, as in SQuAD's own evaluation; no field `answers` means that the labels are missing."""
+    id = text_of(qa, "id", where)
+    where = f"{where} (id {id})"
+    question = text_of(qa, "question", where)
     if qa.get("is_impossible") or qa.get("answers") == []:
-        return unanswerable(qa["id"], qa["question"], context)
-    if "answers" not in qa:
-        raise InputError(f"{path}, question {qa['id']}: the field 'answers' is missing")
-    return answerable(qa["id"], qa["question"], context, [answer["text"] for answer in qa["answers"]])
+        return unanswerable(id, question, context)
+    return answerable(id, question, context, [text_of(answer, "text", where) for answer in list_of(qa, "answers", where)])
 
 
 # ------------------------------------------------------------------------------------------------ MuSiQue
@@ -167,16 +188,16 @@ def read_musique(path: Path) -> list[Example]:
 
 
 def _musique_example(row: dict, where: str) -> Example:
-    if not isinstance(row["paragraphs"], list):
-        raise InputError(f"{where}: the field 'paragraphs' must be a list")
     id, question = text_of(row, "id", where), text_of(row, "question", where)
     fields = ("title", "paragraph_text")
-    context = "\n\n".join("\n".join(text_of(paragraph, field, where) for field in fields) for paragraph in row["paragraphs"])
+    paragraphs = list_of(row, "paragraphs", where)
+    context = "\n\n".join("\n".join(text_of(paragraph, field, where) for field in fields) for paragraph in paragraphs)
     if row.get("answerable") is False:  # the row keeps the answer of its answerable twin
         return unanswerable(id, question, context)
-    if not _golds({"answer": row.get("answer")}):
+    golds = _golds({"answer": row.get("answer")})
+    if not golds:
         raise InputError(f"{where}: the field 'answer' is missing (the test set has none: take the dev set)")
-    return answerable(id, question, context, [row["answer"], *_golds({"answers": row.get("answer_aliases")})])
+    return answerable(id, question, context, [*golds, *_golds({"answers": row.get("answer_aliases")})])
 
 
 # ------------------------------------------------------------------------------------------------ MultiDoc2Dial
@@ -205,26 +226,28 @@ def _unpack(folder: Path, names: list[str]) -> None:
 
 def read_multidoc2dial(dialogues: Path, documents: Path) -> list[Example]:
     """Agent turns that answer a user turn, one row each, named dial_id_turn_id."""
-    try:
-        texts = {id: text_of(document, "doc_text", f"{documents}, document {id}")
-                 for domain in read_json(documents)["doc_data"].values() for id, document in domain.items()}
-        return [row for domain in read_json(dialogues)["dial_data"].values() for dialogue in domain
-                for row in _agent_turns(dialogue, texts, dialogues)]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{dialogues}: not MultiDoc2Dial JSON (dial_data > domain > turns; doc_data > domain; {error!r})"
-                         ) from None
+    domains = object_of(read_json(documents), "doc_data", str(documents))
+    texts = {id: text_of(document, "doc_text", f"{documents}, document {id}")
+             for domain in domains for id, document in object_of(domains, domain, f"{documents}, doc_data").items()}
+    domains = object_of(read_json(dialogues), "dial_data", str(dialogues))
+    return [row for domain in domains
+            for number, dialogue in enumerate(list_of(domains, domain, f"{dialogues}, dial_data"), 1)
+            for row in _agent_turns(dialogue, texts, f"{dialogues}, domain {domain}, dialogue {number}")]
 
 
-def _agent_turns(dialogue: dict, texts: dict[str, str], path: Path) -> Iterator[Example]:
+def _agent_turns(dialogue: dict, texts: dict[str, str], where: str) -> Iterator[Example]:
     said, before, shown = [], "", []
-    for turn in dialogue["turns"]:
-        id, role = f"{dialogue['dial_id']}_{turn['turn_id']}", turn["role"]
-        named = list(dict.fromkeys(reference["doc_id"] for reference in turn.get("references", [])))
+    dial_id = text_of(dialogue, "dial_id", where)
+    for number, turn in enumerate(list_of(dialogue, "turns", where), 1):
+        id = f"{dial_id}_{text_of(turn, 'turn_id', f'{where}, turn {number}')}"
+        here = f"{where}, turn {id}"
+        role, utterance = text_of(turn, "role", here), " ".join(text_of(turn, "utterance", here).split())
+        references = list_of(turn, "references", here) if turn.get("references") else []
+        named = list(dict.fromkeys(text_of(reference, "doc_id", here) for reference in references))
         for name in named:
             if name not in texts:
-                raise InputError(f"{path}, turn {id}: the document {name!r} is in no multidoc2dial_doc.json")
+                raise InputError(f"{here}: the document {name!r} is in no multidoc2dial_doc.json")
         shown = named or shown
-        utterance = " ".join(turn["utterance"].split())
         if role == "agent" and before == "user" and shown:
             context, question = "\n\n".join(texts[name] for name in shown), "\n".join(said)
             none = turn.get("da") == "respond_no_solution"

@@ -12,8 +12,9 @@ whose two scores are below 1; the others are dropped.
 The run folder keeps the teacher's replies (reflect_instructions.jsonl and reflect_responses.jsonl, with a .retry.jsonl each),
 so that nothing is generated twice, and reflect.jsonl: every row, dropped or not, with its phases and scores.
 
-Covered: any task. Not covered: a check of the new answers by the task's judge where the question is a new one, since there is
-no gold (and, for code, no test) for it. Where the question stayed, the judge is asked, for the report only: it selects nothing.
+Covered: any task. A row with tests (code) keeps its question and skips phase 1, since the tests would not fit another one; the
+teacher is shown them. Not covered: a check of the new answers by the task's judge where the question is a new one, since there
+is no gold for it. Where the question stayed, the judge is asked, for the report only: it selects nothing.
 
 Where we deviate from the authors' code, or they are silent:
 1. The teacher is a local chat model, decoding greedily; theirs is gpt-3.5-turbo at temperature 0. The prompts are our words.
@@ -35,14 +36,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import Example, Task, chat_ids, fill, prompt
 from evaluate import judged, read_responses, respond
-from files import InputError, exit_cleanly, read_json, read_jsonl, write_json, write_jsonl
-from model import Row, load_model, packs, target_logits
+from files import InputError, exit_cleanly, fail, read_json, read_jsonl, write_json, write_jsonl
+from model import Row, load_model, token_log_probs
 
 # ------------------------------------------------------------------------------------------------ the scores
 
@@ -90,25 +89,13 @@ def scoring_rows(tokenizer, pair: Pair) -> list[Row]:
     return rows
 
 
-@torch.inference_mode()
-def token_log_probs(model, rows: list[Row], label: str = "scores") -> list[list[float]]:
-    """log p of every target token, one list a row, in nats."""
-    found = []
-    with tqdm(total=len(rows), desc=label, unit="sequence") as bar:
-        for group in packs(rows):
-            logits, targets = target_logits(model, group)
-            log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
-            found += [part.tolist() for part in log_probs.split([sum(mask) for _, mask in group])]
-            bar.update(len(group))
-    return found
-
-
 def score(model, tokenizer, pairs: dict[str, Pair], label: str = "scores") -> dict[str, dict[str, float]]:
     """id -> {"ifd", "r_ifd"} of every pair that fits the model's context; the others are not in the answer."""
     longest = getattr(model.config, "max_position_embeddings", math.inf)
     rows = {name: scoring_rows(tokenizer, pair) for name, pair in pairs.items()}
     rows = {name: four for name, four in rows.items() if max(len(ids) for ids, _ in four) <= longest}
-    logs = iter(token_log_probs(model, [row for four in rows.values() for row in four], label))
+    logs = token_log_probs(model, [row for four in rows.values() for row in four])
+    logs = iter(tqdm(logs, desc=label, total=4 * len(rows), unit="sequence"))
     return {name: {"ifd": ifd(next(logs), next(logs)), "r_ifd": r_ifd(next(logs), next(logs))} for name in rows}
 
 
@@ -197,9 +184,9 @@ class Teacher:
         return {name: row["response"] for name, row in respond(model, tokenizer, TEACHER, prompts, path).items()}
 
     def load(self):
-        student = self.base.model
+        base, dtype = self.base, str(self.base.model.dtype).removeprefix("torch.")
         try:
-            return load_model(self.base.teacher, str(student.device), str(student.dtype).removeprefix("torch."))
+            return load_model(base.teacher, str(base.model.device), dtype, base.trust_remote_code)
         except InputError as error:
             raise InputError(str(error).replace("--model", "--teacher", 1)) from None
 
@@ -217,7 +204,9 @@ class Teacher:
 
 def shown(x: Example) -> str:
     """An instruction as the teacher, or a scored file's user turn, shows it."""
-    return f"{x.question}\n\nContext:\n{x.context}" if x.context else x.question
+    context = f"\n\nContext:\n{x.context}" if x.context else ""
+    tests = "\n".join(["\n\nThe code should pass these tests:", *x.tests]) if x.tests else ""
+    return x.question + context + tests
 
 
 # ------------------------------------------------------------------------------------------------ the method
@@ -229,8 +218,9 @@ def reflect(D, base):
     teacher = Teacher(base)
     original = current = score_all(base.model, base.tokenizer, scored_pairs(base, pairs), "reflect", "original/scores")
 
+    free = {name: (x, y) for name, (x, y) in pairs.items() if not x.tests}  # tests hold for their own question only
     rewritten = {name: (replace(pairs[name][0], question=question), answer) for name, (question, answer) in
-                 teacher.rewrite(pairs, REWRITE_BOTH, "reflect_instructions").items()}
+                 teacher.rewrite(free, REWRITE_BOTH, "reflect_instructions").items()}
     first = score(base.model, base.tokenizer, scored_pairs(base, rewritten), "phase 1/scores")
     kept = {name for name in first if first[name]["ifd"] > current[name]["ifd"]}  # IFD(x', y') > IFD(x, y)
     pairs = pairs | {name: rewritten[name] for name in kept}
@@ -245,7 +235,8 @@ def reflect(D, base):
     gc.collect()
 
     verdicts = check_unchanged(base, {name: better[name] for name in emitted if name not in kept})
-    traces = {x.id: {"phase_1": outcome(x.id, rewritten, first, kept), "phase_2": outcome(x.id, better, second, accepted),
+    traces = {x.id: {"phase_1": "skipped: the row has tests" if x.tests else outcome(x.id, rewritten, first, kept),
+                     "phase_2": outcome(x.id, better, second, accepted),
                      "emitted": x.id in emitted, "judged": verdicts.get(x.id), "scores": {
                          "original": original[x.id], "phase_1": first.get(x.id), "phase_2": second.get(x.id)}} for x in D}
     final = pairs | {name: better[name] for name in accepted}
@@ -292,6 +283,7 @@ def score_file(args) -> None:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="IFD and r-IFD of (question, answer) rows.", allow_abbrev=False)
+    parser.error = fail  # one line, without the usage
     parser.add_argument("--score", required=True, type=Path, metavar="FILE", help="JSONL rows: question, answer (and context)")
     parser.add_argument("--model", required=True, help="the student: Hugging Face name or folder")
     parser.add_argument("--out", required=True, type=Path, metavar="F", help="the rows again, with ifd and r_ifd")

@@ -1,6 +1,6 @@
 """results.json -> report.md and figures/: the paper's tables and Fig. 2, ours beside the paper's.
 
-Nothing is computed here, so that every number of a report can be found in results.json.
+Nothing is measured here: a report holds what is in results.json, and shares and means of it.
 """
 
 import math
@@ -69,7 +69,8 @@ def sources_table(results: dict) -> str:
         if "training" in model:
             sources = model["training"]["sources"]
             n = sum(sources.values())
-            rows.append([name, str(n), *(percent(sources[source] / n) for source in SOURCES)])
+            others = "".join(f" (and {percent(sources[kind] / n)} {kind})" for kind in sources if kind not in SOURCES)
+            rows.append([name + others, str(n), *(percent(sources[source] / n) for source in SOURCES)])
     paper = of_the_paper(PAPER_SOURCES, results)
     if paper:
         rows.append(["s3ft in the paper", "", *map(str, paper)])
@@ -102,8 +103,9 @@ def benchmarks_table(results: dict) -> str:
         rows.append([model_name, *map(percent, values), percent(mean(values)),
                      ", ".join(drop_cell(found["drop"][name]) for name in names) if "drop" in found else ""])
     for method, values in (of_the_paper(PAPER_BENCHMARKS, results) or {}).items():
-        by_name = dict(zip(("mmlu", "truthfulqa", "hellaswag", "winogrande", "average"), map(str, values), strict=True))
-        rows.append([f"{method} in the paper", *(by_name[name] for name in names), by_name["average"], ""])
+        by_name = dict(zip(("mmlu", "truthfulqa", "hellaswag", "winogrande"), values, strict=False))  # without the average
+        shown = [by_name[name] for name in names]
+        rows.append([f"{method} in the paper", *map(str, shown), f"{mean(shown):.1f}", ""])
     return markdown_table(["method", *names, "average", "drop against base, points (95 % interval)"], rows)
 
 
@@ -121,7 +123,8 @@ def scores_table(scores: dict) -> str:
     rows = []
     for name, score in scores.items():
         metrics = [key for key in score if key not in ("n", "subjects") and not key.endswith("_stderr")]
-        rows += [[name, key, percent(score[key]), percent(score[f"{key}_stderr"] or 0), str(score["n"])] for key in metrics]
+        rows += [[name, key, percent(score[key]), "" if score[f"{key}_stderr"] is None else percent(score[f"{key}_stderr"]),
+                  str(score["n"])] for key in metrics]
     return markdown_table(["benchmark", "metric", "%", "standard error", "n"], rows)
 
 
@@ -144,6 +147,9 @@ def write_report(results: dict, run: Path) -> str:
         f"{counts(models, 'unreadable_verdicts')}.",
         "## Where the training targets come from (Table 3)",
         sources_table(results),
+        *(f"Of {found['n']} {kind}, {found['length_limit_hit']} were cut off by the length limit and "
+          f"{found['unreadable_verdicts']} had an unreadable verdict, counted as not accepted."
+          for kind, found in results["selection"].items()),
         *([results["reflect"]] if results["reflect"] else []),
         "## Training",
         training_table(results),
@@ -174,11 +180,15 @@ def optional_sections(results: dict) -> list[str]:
                   "Recall, modified recall (our definition), answerability: see `judges.reading_row`."]
     if all("benchmarks" in model for model in models.values()):
         parts += ["## General benchmarks (Table 4)", benchmarks_table(results),
-                  "`truthfulqa` is the mean of mc1 and mc2. Drops: on the same documents, intervals of paired differences."]
+                  "`truthfulqa` is the mean of mc1 and mc2 (" + ", ".join(
+                      f"{name} {percent(found['mc1'])} and {percent(found['mc2'])}" for name, model in models.items()
+                      if (found := model["benchmarks"]["scores"].get("truthfulqa"))) + "). Drops: on the same documents, "
+                  "intervals of paired differences."]
     if all("harness" in model for model in models.values()):
         parts += ["## GSM8K as lm-evaluation-harness reads it", markdown_table(
             ["method", "strict %", "flexible %"],
-            [[name, *(percent(value) for value in model["harness"].values())] for name, model in models.items()])]
+            [[name, *(percent(value) for value in model["harness"].values())] for name, model in models.items()]),
+            "`strict` reads the number after `####`, a form that the paper's prompts do not ask for."]
     return parts
 
 

@@ -24,18 +24,17 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import lora
 import ranks
 from data import CUSTOM_TASK, TASKS, Example, Task, prompt, training_ids
-from evaluate import announce_sandbox, judged, respond, task_of, validate
+from evaluate import announce_sandbox, encode_prompts, judged, respond, task_of, validate
 from files import (InputError, amount, append_jsonl, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
                    write_bytes, write_json, write_jsonl)
 from generate import Sampling
-from judges import JUDGES
-from model import best_device, load_model, log_probs, peak_memory_gib, target_logits
+from judges import JUDGES, leaks
+from model import count_weights, load_model, load_tokenizer, log_probs, peak_memory_gib, target_loss, usable_device
 from reflect import reflect
 
 # ------------------------------------------------------------------------------------------------ the methods
@@ -94,15 +93,6 @@ METHODS = {"sft": sft, "sdft": sdft, "ssr": ssr, "s3ft": s3ft, "rft": rft, "refl
 
 # ------------------------------------------------------------------------------------------------ the base model
 
-LEAKS = ("reference answer", "your response", "my response", "your own response", "now it's your turn")
-
-
-def leaks(paraphrase: str) -> bool:
-    """Does a paraphrase speak of its prompt instead of to the question? (The list is SDFT's.)"""
-    text = paraphrase.lower()
-    return text.startswith("your turn") or any(leak in text for leak in LEAKS)
-
-
 @dataclasses.dataclass(frozen=True)
 class Judged:
     """A response and whether the judge accepts it as equivalent to the gold."""
@@ -112,11 +102,15 @@ class Judged:
     log_prob: float = 0.0
 
 
+SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of rft
+
+
 class BaseModel:
     """M_θ0 with a task and its judge. Every response and verdict is kept in the run folder, and never made twice."""
 
-    def __init__(self, model, tokenizer, task: Task, run: Path, teacher: str | None = None):
-        self.model, self.tokenizer, self.task, self.run, self.teacher = model, tokenizer, task, run, teacher
+    def __init__(self, model, tokenizer, task: Task, run: Path, teacher: str | None = None, trust_remote_code: bool = False):
+        self.model, self.tokenizer, self.task, self.run = model, tokenizer, task, run
+        self.teacher, self.trust_remote_code = teacher, trust_remote_code  # of method reflect
 
     def gold(self, x: Example) -> str:
         return self.task.gold(x)
@@ -131,8 +125,8 @@ class BaseModel:
         found = self._ask(D, shown, "paraphrases")
         return {id: Judged(y.text, y.accepted and not leaks(y.text)) for id, y in found.items()}
 
-    def sample(self, D: list[Example], k: int, sampling=Sampling(temperature=1.0, top_p=0.95)) -> dict[str, list[Judged]]:  # noqa: B008
-        """k samples for every x, with the model's own log p(y | x)."""
+    def sample(self, D: list[Example], k: int, sampling: Sampling = SAMPLING) -> dict[str, list[Judged]]:
+        """k samples for every x, with the model's own log p(y | x). Not of --seed: the runs of all seeds share them."""
         rows = [dataclasses.replace(x, id=f"{x.id}#{i}") for x in D for i in range(k)]
         users = {x.id: prompt(self.task.predict, x) for x in rows}
         found = self._ask(rows, users, "samples", sampling)
@@ -158,8 +152,7 @@ class Loss(torch.nn.Module):
         self.model = model
 
     def forward(self, rows, share_prefix: bool = False) -> torch.Tensor:
-        logits, targets = target_logits(self.model, rows, share_prefix)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return target_loss(self.model, rows, share_prefix)
 
 
 def step_rows(n: int, batch_size: int, steps: int, seed: int):
@@ -198,18 +191,25 @@ def backward(loss_of, rows, args) -> tuple[float, int]:
     return ranks.totals(total)[0], targets
 
 
-def optimizer_step(loss_of, optimizer, rows, args) -> tuple[float, int]:
-    """One step over a batch -> (mean loss, target tokens). Out of memory: again, in micro-batches half as large."""
-    try:
-        loss, targets = backward(loss_of, rows, args)
-    except torch.OutOfMemoryError:
+def backward_in_memory(loss_of, optimizer, rows, args) -> tuple[float, int]:
+    """As `backward`. Out of memory: again, in micro-batches half as large."""
+    while True:
+        try:
+            return backward(loss_of, rows, args)
+        except torch.OutOfMemoryError:
+            pass  # not here: the exception still holds the forward pass's tensors
         if args.micro_batch == 1 or ranks.WORLD > 1:  # other processes wait for this one's gradients
-            raise InputError(f"out of memory with --micro-batch {args.micro_batch}: try half of it, "
-                             "or --gradient-checkpointing") from None
+            raise InputError(f"out of memory with --micro-batch {args.micro_batch}: try a smaller one, "
+                             "or --gradient-checkpointing")
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
         args.micro_batch = (args.micro_batch + 1) // 2
         tqdm.write(f"out of memory: going on with --micro-batch {args.micro_batch}")
-        optimizer.zero_grad(set_to_none=True)
-        return optimizer_step(loss_of, optimizer, rows, args)
+
+
+def optimizer_step(loss_of, optimizer, rows, args) -> tuple[float, int]:
+    """One step over a batch -> (mean loss, target tokens)."""
+    loss, targets = backward_in_memory(loss_of, optimizer, rows, args)
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], args.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -224,6 +224,7 @@ def train(model, tokenizer, task: Task, rows: list, validation: list[Example], f
     """
     optimizer = torch.optim.AdamW(lora.parameters(model), weight_decay=0.0, fused=model.device.type == "cuda")
     state = load_checkpoint(model, optimizer, folder)
+    args.micro_batch = min(args.micro_batch, state.get("micro_batch", args.micro_batch))  # what fitted before the break
     loss_of = ranks.data_parallel(Loss(model))
     model.train()
     bar = tqdm(total=args.steps, initial=state["step"], desc=f"{folder.name}/train", unit="step")
@@ -243,7 +244,7 @@ def train(model, tokenizer, task: Task, rows: list, validation: list[Example], f
         log(folder, {"step": step + 1, "loss": round(loss, 6), "lr": learning_rate(step, args), "tokens": tokens,
                      "targets": targets})
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            state["step"] = step + 1
+            state |= {"step": step + 1, "micro_batch": args.micro_batch}
             keep_best(model, tokenizer, task, validation, folder, state)
             save_checkpoint(model, optimizer, folder, state)
             model.train()
@@ -292,11 +293,13 @@ def build(method, D: list[Example], base: BaseModel, path: Path) -> list[dict]:
 
     A method may yield a dictionary of its own beside (x, target, source); its fields are written with the row.
     """
-    if not path.exists():
+    missing = not path.exists()
+    ranks.barrier()  # all have looked, before rank 0 may write it
+    if missing:
         targets = METHODS[method](D, base)
         write_jsonl(path, [{"id": x.id, "prompt": prompt(base.task.train, x), "response": target, "source": source}
                            | dict(*further) for x, target, source, *further in targets])
-        ranks.barrier()  # rank 0 has written it
+    ranks.barrier()  # rank 0 has written it
     return read_jsonl(path, ("id", "prompt", "response", "source"))
 
 
@@ -309,11 +312,14 @@ def encode_rows(model, tokenizer, rows: list[dict], path: Path) -> list:
     return encoded
 
 
-def announce_cpu(model, tokenizer, task: Task, D: list[Example], args) -> None:
-    """Without a GPU, say what a run will cost: 2 FLOPs a weight and token forward, 4 in a LoRA step, over a timed product."""
-    some = D[:100]
+def announce_cpu(task: Task, D: list[Example], args) -> None:
+    """Without a GPU, say what a run will cost: 2 FLOPs a weight and token forward, 4 in a LoRA step, over a timed product.
+
+    Said before the weights are loaded, which may be more than a laptop holds.
+    """
+    tokenizer, some = load_tokenizer(args.model, args.trust_remote_code), D[:100]
     row = sum(len(training_ids(tokenizer, prompt(task.predict, x), task.gold(x))[0]) for x in some) / len(some)
-    weights = sum(p.numel() for p in model.parameters())
+    weights = count_weights(args.model, args.trust_remote_code)
     a = torch.randn(512, 2048)
     start = time.perf_counter()
     for _ in range(8):
@@ -337,19 +343,27 @@ def run(args) -> None:
     shared = {name: getattr(args, name) for name in ("task", "model", "judge", "limit", "files", "max_new_tokens", "dtype")}
     own = {name: value for name, value in vars(args).items() if name not in (*shared, *UNRECORDED)}
     folder = args.out / args.name
-    remember(args.out / "config.json", shared, "--out")
-    remember(folder / "config.json", own, "--name")
+    settings = ((args.out / "config.json", shared, "--out"), (folder / "config.json", own, "--name"))
+    for path, values, flag in settings:
+        check_same(path, values, flag)
     if (folder / "training.json").exists():
+        if ranks.RANK == 0:
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
         print(f"{folder}: finished already")
         return
-    task, (D, validation, _) = task_of(shared, args.data)
+    task, (D, validation, test) = task_of(shared, args.data)
     announce_sandbox(task, args.sandbox)
+    if args.device == "cpu":
+        announce_cpu(task, D, args)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
-    if model.device.type == "cpu":
-        announce_cpu(model, tokenizer, task, D, args)
-    inject(model, args)  # before hours of generation: a wrong --target-modules must not come to light after them
+    inject(model, args)  # before hours of generation: what cannot work must not come to light after them
+    encode_prompts(model, tokenizer, {x.id: prompt(task.predict, x) for x in validation + test})
+    for path, values, _ in settings:  # only now: a mistyped flag must not mark the folder
+        if not path.exists():
+            write_json(path, values)
+    base = BaseModel(model, tokenizer, task, args.out, args.teacher, args.trust_remote_code)
     with lora.disabled(model):
-        rows = build(args.method, D, BaseModel(model, tokenizer, task, args.out, args.teacher), folder / "train.jsonl")
+        rows = build(args.method, D, base, folder / "train.jsonl")
     if not rows:
         raise InputError(f"{args.name}: no row of the training data is left, nothing was accepted")
     sources = {"prediction": 0, "paraphrase": 0, "gold": 0} | Counter(row["source"] for row in rows)
@@ -366,15 +380,13 @@ def run(args) -> None:
         (folder / "checkpoint.pt").unlink()
 
 
-UNRECORDED = ("out", "name", "data", "device", "trust_remote_code", "sandbox")  # where and on what, not what
+# Where and on what, not what.
+UNRECORDED = ("out", "name", "data", "device", "trust_remote_code", "sandbox", "micro_batch", "gradient_checkpointing")
 
 
-def remember(path: Path, settings: dict, flag: str) -> None:
-    """Write the settings down, or check that they are those of the run that is being continued."""
-    if not path.exists():
-        write_json(path, settings)
-        return
-    before = read_json(path)
+def check_same(path: Path, settings: dict, flag: str) -> None:
+    """Are the settings those of the run that is being continued?"""
+    before = read_json(path) if path.exists() else settings
     for name, value in settings.items():
         if before.get(name) != value:
             raise InputError(f"{path.parent} was begun with --{name.replace('_', '-')} {before.get(name)}, not {value}: "
@@ -433,7 +445,8 @@ def complete(args):
     if args.method not in METHODS:
         raise InputError(f"unknown method {args.method!r}: choose from {', '.join(METHODS)}")
     files = [vars(args).pop(f"{split}_file") for split in ("train", "val", "test")]
-    if (args.task == "custom") != all(files) or args.task == "custom" and not args.judge:
+    custom = args.task == "custom"
+    if custom and not (all(files) and args.judge) or not custom and any(files):
         raise InputError("--task custom goes with --train-file, --val-file, --test-file and --judge; the other tasks with none")
     task = TASKS.get(args.task, CUSTOM_TASK)
     args.files = files if all(files) else None
@@ -443,11 +456,7 @@ def complete(args):
     if args.batch_size < ranks.WORLD:
         raise InputError(f"--batch-size {args.batch_size}: with {ranks.WORLD} processes it must be at least that")
     args.micro_batch = args.micro_batch or args.batch_size
-    args.device = args.device or best_device()
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {args.device}: this machine has none, or torch cannot use it") from None
+    args.device = usable_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.target_modules != "all-linear":
         args.target_modules = args.target_modules.split(",")

@@ -124,10 +124,10 @@ def lock_down(cpu_seconds: int, memory: int) -> list[str]:
 
 def literal(value) -> str:
     """A value as the text of a Python literal that equals it. TypeError where no plain data does."""
-    if value is None or isinstance(value, bool):
+    if value is None or value is True or value is False:
         return repr(value)
     for kind, write in WRITERS:
-        if isinstance(value, kind):
+        if issubclass(type(value), kind):  # isinstance would believe a `__class__`
             return write(value)
     for kind in (int, float):  # Fraction, Decimal: the plain number that they equal, if any
         if kind(value) == value:
@@ -137,6 +137,11 @@ def literal(value) -> str:
 
 def sequence(values) -> str:
     return ", ".join(map(literal, values))
+
+
+def braces(values) -> str:
+    items = {*values}  # of a subclass too: this does not ask its `__iter__`
+    return f"{{{sequence(items)}}}" if items else "set()"
 
 
 def real(text: str) -> str:
@@ -154,7 +159,7 @@ WRITERS = (  # subclasses too (namedtuple, Counter, IntEnum): they equal the pla
     (bytearray, lambda v: bytes.__repr__(bytes(v))),
     (list, lambda v: f"[{sequence(list.__iter__(v))}]"),
     (tuple, lambda v: f"({''.join(literal(x) + ', ' for x in tuple.__iter__(v))})"),
-    ((set, frozenset, type({}.keys()), type({}.items())), lambda v: f"{{{sequence(v)}}}" if v else "set()"),
+    ((set, frozenset, type({}.keys()), type({}.items())), braces),
     (dict, lambda v: f"{{{', '.join(f'{literal(k)}: {literal(x)}' for k, x in dict.items(v))}}}"),
 )
 
@@ -168,7 +173,10 @@ def encode(value) -> bytes:
 
 
 def forbid_introspection() -> None:
-    """No look at objects without a name, no jump over a statement, no raw memory. A hook cannot be taken off."""
+    """No look at objects without a name, no jump over a statement, no function of ctypes. A hook cannot be taken off.
+
+    That makes raw memory harder to read, not impossible: pointers of ctypes raise no event (sandbox.py, "not covered").
+    """
     for name in [name for name in sys.modules if "ctypes" in name]:
         vars(sys.modules.pop(name)).clear()
     banned = frozenset({"gc.get_objects", "gc.get_referrers", "gc.get_referents", "sys.settrace"})
@@ -179,8 +187,8 @@ def run(work: list, scope: dict, reply: int) -> None:
     """Evaluate all code objects in `scope`, then send the secret and their values.
 
     While the program runs, the secret and the code objects still to come are popped from `work` already: they stand on
-    the stack of this one expression and have no name, so that a program that walks its frames finds neither. Only after
-    the last has ended is there a reply.
+    the stack of this one expression and have no name, so that a program that walks its frames finds neither (one that
+    reads raw memory can). Only after the last has ended is there a reply.
     """
     os.write(reply, work.pop() + b"\n".join(map(encode, map(eval, work.pop(), repeat(scope)))))
 

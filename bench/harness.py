@@ -59,7 +59,9 @@ def language_model(model, tokenizer, add_bos: bool = False, batch_size: int = 8,
 
 
 def evaluate(lm: HFLM, loaded: dict, apply_chat_template: bool = False) -> dict:
-    return lm_eval.evaluate(lm, loaded, bootstrap_iters=0, log_samples=True, apply_chat_template=apply_chat_template)
+    """As its command line does it: with a chat template, shots are turns (the library's own default is one turn for all)."""
+    return lm_eval.evaluate(lm, loaded, bootstrap_iters=0, log_samples=True, apply_chat_template=apply_chat_template,
+                            fewshot_as_multiturn=apply_chat_template)
 
 
 def log_likelihoods(result: dict, task: str) -> list[list[float]]:

@@ -30,6 +30,7 @@ PIECES = [  # what the readers look for, to be strung together
     "0", "18", "1,234", ".", ",", "-", "−", "$", "%", "^", "{", "}", "\\boxed{", "e9", "e999", "٣", "²", "½", "9" * 400,
     "true", "False", "not ", "n't ", "[True/False]", " or ", "/", "_", "**", "unanswerable", "n/a", "I don’t know",
     "the", "a ", "Paris", "?", ";", '"', "'", "{{question}}", '{"id": "1", "a": [1]}', "[1]", "null", "NaN", "[" * 300,
+    ",\\!", "€", "°", "assert ", "len(", "sum(1, 2)", "f(1)", ")", " == ", "list(map(f, ",
 ]
 text = st.one_of(st.text(st.characters(exclude_categories=())),
                  st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=8).map("".join))

@@ -6,7 +6,9 @@ import json
 import math
 import tarfile
 import urllib.error
+import weakref
 import zipfile
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -160,7 +162,8 @@ def test_mmlu_prompt():
     rows[1] |= {"question": "When?", "choices": ["1", "2", "3", "4"]}
     first, *_, last = BENCHMARKS["mmlu"].options(rows[1], rows[:1])
     assert first.description == "The following are multiple choice questions (with answers) about high school physics.\n\n"
-    assert first.context == "Who?\nA. a \nB.  b\nC. c\nD. d\nAnswer: C\n\nWhen?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    assert first.context == "When?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    assert first.shots == (("Who?\nA. a \nB.  b\nC. c\nD. d\nAnswer:", "C"),)
     assert (first.continuation, last.continuation) == ("A", "D")
 
 
@@ -253,6 +256,13 @@ def test_a_system_turn_is_dropped_where_the_template_refuses_it(tokenizer, monke
     assert encoder.render(Option("u", "c", "d")) == ("<s><user>u\n<assistant>", "c")
 
 
+def test_shots_are_text_without_a_template_and_turns_in_it(tokenizer):
+    option = Option("u", "c", "d ", (("q1", "a1"), ("q2", "a2")))
+    assert Encoder(tokenizer, 99).render(option) == ("d q1 a1\n\nq2 a2\n\nu", " c")
+    assert Encoder(tokenizer, 99, apply_chat_template=True).render(option) == (
+        "<s><system>d \n<user>q1\n<assistant>a1\n<user>q2\n<assistant>a2\n<user>u\n<assistant>", "c")
+
+
 def test_too_long_loses_its_beginning(tokenizer, llama):
     option = Option("one two three four five six seven eight nine ten " * 3, "eleven twelve")
     whole, = Encoder(tokenizer, 999).requests([option])
@@ -300,6 +310,59 @@ def test_no_token_is_computed_twice(llama):
     assert heads[-1] == 3  # logits after the context, after 101 and after 102
 
 
+def widths_of_forwards(model, limit: int = 10**9):
+    """(a hook, a list): the list gets (rows, past + own width) of every forward; one that holds more tokens has no memory."""
+    seen, tensors = [], []
+
+    def forward(module, args, inputs):
+        assert all(tensor() is None for tensor in tensors), "an earlier forward's tensors are alive"
+        rows, width = inputs["input_ids"].shape
+        past = inputs.get("past_key_values")
+        width += past.get_seq_length() if past else 0
+        tensors[:] = [weakref.ref(inputs["input_ids"])]
+        if rows * width > limit:
+            raise torch.OutOfMemoryError("simulated")
+        seen.append((rows, width))
+
+    return model.register_forward_pre_hook(forward, with_kwargs=True), seen
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_out_of_memory_halves_the_batch_and_loses_nothing(llama, share, monkeypatch, capsys):
+    documents = random_documents()
+    expected = dict(log_likelihoods(llama, documents, share))
+    monkeypatch.setitem(likelihood.BATCH_TOKENS, "cpu", 2000)
+    hook, seen = widths_of_forwards(llama, limit=250)
+    found = list(log_likelihoods(llama, documents, share))
+    retried = capsys.readouterr().out.count("out of memory: going on with")
+    again = dict(log_likelihoods(llama, documents, share))
+    hook.remove()
+    assert sorted(index for index, _ in found) == list(range(len(documents)))  # every document once
+    for index, scores in found:
+        assert scores == pytest.approx(expected[index], abs=2e-4) and again[index] == scores
+    assert retried >= 2 and max(rows for rows, _ in seen) > 1
+    assert "out of memory" not in capsys.readouterr().out  # what was too much is not tried again
+
+
+@pytest.mark.parametrize("limit", [40, 5])  # a document does not fit; what all begin with does not
+def test_a_document_that_does_not_fit_is_an_error(llama, limit, monkeypatch):
+    monkeypatch.setitem(likelihood.BATCH_TOKENS, "cpu", 2000)
+    hook, _ = widths_of_forwards(llama, limit)
+    with pytest.raises(InputError, match="cannot hold one document .*--num-fewshot.*--device"):
+        list(log_likelihoods(llama, random_documents(), share=True))
+    hook.remove()
+
+
+def test_a_batch_counts_the_prefix_of_every_row(llama, monkeypatch):
+    monkeypatch.setitem(likelihood.BATCH_TOKENS, "cpu", 200)
+    prefix = list(range(10, 70))
+    hook, seen = widths_of_forwards(llama)
+    list(log_likelihoods(llama, [[Request([*prefix, 100 + i, 5, 6], 2)] for i in range(9)], share=True))
+    hook.remove()
+    assert [rows for rows, _ in seen] == [1, 3, 3, 3]  # the prefix; then 3 x (59 or 60 + its own) <= 200
+    assert all(rows * width <= 200 for rows, width in seen)
+
+
 # ------------------------------------------------------------------------------------------------ score
 
 
@@ -307,8 +370,9 @@ ALL = ["mmlu", "truthfulqa", "hellaswag", "winogrande"]
 
 
 def test_score_reports_means_and_writes_samples(llama, tokenizer, data_dir, tmp_path):
-    results = score(llama, tokenizer, ALL, data_dir, tmp_path / "out", num_fewshot=2)
-    samples = read_jsonl(tmp_path / "out" / "samples.jsonl")
+    results, samples = score(llama, tokenizer, ALL, data_dir, tmp_path / "out", num_fewshot=2)
+    by_key = {(row["benchmark"], row["index"]): row for row in samples}
+    assert read_jsonl(tmp_path / "out" / "samples.2-shot.jsonl") == [by_key[key] for key in sorted(by_key)]
     assert len(samples) == 12 + 6 + 6 + 6
     subjects = results["mmlu"]["subjects"]
     assert {name: subject["n"] for name, subject in subjects.items()} == {"high_school_physics": 5, "astronomy": 7}
@@ -328,19 +392,26 @@ def test_score_reports_means_and_writes_samples(llama, tokenizer, data_dir, tmp_
 
 
 def test_limit_takes_the_first_documents_of_every_task(llama, tokenizer, data_dir, tmp_path):
-    results = score(llama, tokenizer, ["mmlu", "winogrande"], data_dir, tmp_path / "out", limit=2)
+    results, samples = score(llama, tokenizer, ["mmlu", "winogrande"], data_dir, tmp_path / "out", limit=2)
     assert results["mmlu"]["n"] == 4 and results["winogrande"]["n"] == 2
-    samples = read_jsonl(tmp_path / "out" / "samples.jsonl")
-    assert {row["index"] for row in samples if row["benchmark"] == "mmlu"} == {0, 1, 5, 6}
+    assert [row["index"] for row in samples if row["benchmark"] == "mmlu"] == [0, 1, 5, 6]
+
+
+def test_samples_are_those_of_the_documents_asked_for(llama, tokenizer, data_dir, tmp_path):
+    """Also where the file holds more, from an earlier call: the drop is computed over what the scores are of."""
+    score(llama, tokenizer, ["winogrande", "hellaswag"], data_dir, tmp_path / "out", limit=4)
+    results, samples = score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", limit=2)
+    assert [(row["benchmark"], row["index"]) for row in samples] == [("winogrande", 0), ("winogrande", 1)]
+    assert results["winogrande"]["n"] == paired_drop(samples, samples)["winogrande"]["n"] == 2
 
 
 def test_a_killed_run_goes_on_by_document(llama, tokenizer, data_dir, tmp_path):
-    whole = score(llama, tokenizer, ALL, data_dir, tmp_path / "whole")
+    whole, _ = score(llama, tokenizer, ALL, data_dir, tmp_path / "whole")
     score(llama, tokenizer, ["mmlu", "hellaswag"], data_dir, tmp_path / "out", limit=3)
     path = tmp_path / "out" / "samples.jsonl"
     kept = path.read_bytes()
     path.write_bytes(kept[:-40])  # the kill tore the last line
-    resumed = score(llama, tokenizer, ALL, data_dir, tmp_path / "out")
+    resumed, _ = score(llama, tokenizer, ALL, data_dir, tmp_path / "out")
     assert set(kept[:-40].split(b"\n")[:-1]) <= set(path.read_bytes().split(b"\n"))  # not scored again: the same bytes
     for name in ALL:
         for metric, value in whole[name].items():
@@ -350,10 +421,19 @@ def test_a_killed_run_goes_on_by_document(llama, tokenizer, data_dir, tmp_path):
     assert len(keys) == len(set(keys)) == 30
 
 
-def test_samples_of_other_settings_or_another_model_are_not_mixed(llama, tokenizer, data_dir, tmp_path):
+def test_every_way_of_asking_has_its_own_samples(llama, tokenizer, data_dir, tmp_path):
+    ways = [{}, {"num_fewshot": 2}, {"add_bos": True}, {"num_fewshot": 2, "apply_chat_template": True, "add_bos": True}]
+    first = [score(llama, tokenizer, ["mmlu"], data_dir, tmp_path, limit=1, **way) for way in ways]
+    names = ["samples", "samples.2-shot", "samples.bos", "samples.2-shot.chat.bos"]
+    assert {path.name for path in tmp_path.glob("samples*")} == {x + end for x in names for end in (".jsonl", ".config.json")}
+    assert len({row["log_likelihoods"][0] for _, samples in first for row in samples}) == 4 * 2
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    assert [score(llama, tokenizer, ["mmlu"], data_dir, tmp_path, limit=1, **way) for way in ways] == first
+    assert kept == {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+
+
+def test_samples_of_another_model_are_not_mixed(llama, tokenizer, data_dir, tmp_path):
     score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", limit=2)
-    with pytest.raises(InputError, match="other settings"):
-        score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", add_bos=True)
     other = tiny("llama")
     with torch.no_grad():
         other.model.layers[1].self_attn.v_proj.weight[0] += 0.01
@@ -361,22 +441,45 @@ def test_samples_of_other_settings_or_another_model_are_not_mixed(llama, tokeniz
         score(other, tokenizer, ["winogrande"], data_dir, tmp_path / "out")
 
 
+def test_rank_0_downloads_first(llama, tokenizer, data_dir, tmp_path, monkeypatch):
+    """A file that is missing is fetched while the other ranks wait."""
+    trace, rows = [], (data_dir / "winogrande/validation.jsonl").read_bytes()
+
+    @contextmanager
+    def rank_0_first():
+        trace.append("others wait")
+        yield
+        trace.append("others go on")
+
+    def fetch(folder):
+        trace.append("download")
+        (folder / "validation.jsonl").write_bytes(rows)
+
+    monkeypatch.setattr(benchmarks.ranks, "rank_0_first", rank_0_first)
+    monkeypatch.setitem(benchmarks.FETCH, "winogrande", fetch)
+    (data_dir / "winogrande/validation.jsonl").unlink()
+    score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", limit=1)
+    assert trace == ["others wait", "download", "others go on"]
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize(("file", "change", "message"), [
-    ("winogrande/validation.jsonl", {"sentence": "no blank here"}, "row 2: not a row of winogrande"),
-    ("winogrande/validation.jsonl", {"answer": "3"}, "row 2: .*gold 2"),
-    ("mmlu/test.jsonl", {"choices": ["a", "b", "c"]}, "row 2: not a row of mmlu"),
-    ("mmlu/test.jsonl", {"answer": "B"}, "row 2: not a row of mmlu"),
-    ("hellaswag/validation.jsonl", {"label": ""}, "row 2: not a row of hellaswag"),
-    ("hellaswag/validation.jsonl", {"endings": None}, "row 2: not a row of hellaswag"),
-    ("truthfulqa/multiple_choice.jsonl", {"mc1_targets": {"choices": []}}, "row 2: not a row of truthfulqa"),
+    ("winogrande/validation.jsonl", {"sentence": "no blank here"}, "line 4: not a row of winogrande"),
+    ("winogrande/validation.jsonl", {"answer": "3"}, "line 4: .*gold 2"),
+    ("mmlu/test.jsonl", {"choices": ["a", "b", "c"]}, "line 4: not a row of mmlu"),
+    ("mmlu/test.jsonl", {"answer": "B"}, "line 4: not a row of mmlu"),
+    ("hellaswag/validation.jsonl", {"label": ""}, "line 4: not a row of hellaswag"),
+    ("hellaswag/validation.jsonl", {"endings": None}, "line 4: not a row of hellaswag"),
+    ("truthfulqa/multiple_choice.jsonl", {"mc1_targets": {"choices": []}}, "line 4: not a row of truthfulqa"),
 ])
 def test_a_bad_row_is_named(llama, tokenizer, data_dir, tmp_path, file, change, message):
     rows = read_jsonl(data_dir / file)
     rows[1] |= change
     write_jsonl(data_dir / file, rows)
+    first, *rest = (data_dir / file).read_bytes().splitlines(keepends=True)
+    (data_dir / file).write_bytes(b"".join([first, b"\n", b" \n", *rest]))  # blank lines are skipped, but counted
     with pytest.raises(InputError, match=f"{file}, {message}"):
         score(llama, tokenizer, [file.partition("/")[0]], data_dir, tmp_path / "out")
 
@@ -389,6 +492,8 @@ def test_missing_fields_short_files_and_wrong_flags(llama, tokenizer, data_dir, 
         run(["mmul"])
     with pytest.raises(InputError, match="--num-fewshot 4: .*dev.jsonl has 3"):
         run(["mmlu"], num_fewshot=4)
+    with pytest.raises(InputError, match="--num-fewshot -1: it must be 0 or more"):
+        run(["mmlu"], num_fewshot=-1)
     write_jsonl(data_dir / "winogrande/validation.jsonl", winogrande_rows()[:-1])
     with pytest.raises(InputError, match="has 5 rows, the original has 6"):
         run(["winogrande"])
@@ -396,7 +501,7 @@ def test_missing_fields_short_files_and_wrong_flags(llama, tokenizer, data_dir, 
     with pytest.raises(InputError, match="line 6: the field 'option1' is missing"):
         run(["winogrande"])
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(InputError, match="row 1: .*chat"):
+    with pytest.raises(InputError, match="line 1: .*chat"):
         run(["hellaswag"], apply_chat_template=True)
 
 

@@ -3,6 +3,8 @@
 Skipped where lm-eval (0.4.13) is not installed: pip install lm-eval==0.4.13 accelerate
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,9 +12,11 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
 
 import benchmarks  # noqa: E402
+from bench import evaluate as bench_evaluate  # noqa: E402
 from bench import harness  # noqa: E402
 from benchmarks import BENCHMARKS, score  # noqa: E402
 from files import read_jsonl  # noqa: E402
+from likelihood import Encoder  # noqa: E402
 from test_benchmarks import make_data, tiny, tokenizer  # noqa: E402, F401
 
 TASKS = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2"), "hellaswag": ("hellaswag",), "winogrande": ("winogrande",),
@@ -43,8 +47,8 @@ def theirs(lm, name: str, workplace, num_fewshot: int, chat: bool) -> tuple[dict
 
 
 def check(model, tokenizer, name, workplace, out_dir, num_fewshot=0, chat=False, add_bos=False, max_length=None):  # noqa: F811
-    results = score(model, tokenizer, [name], workplace[0], out_dir, None, num_fewshot, chat, add_bos)[name]
-    samples = sorted(read_jsonl(out_dir / "samples.jsonl"), key=lambda row: row["index"])
+    results, samples = score(model, tokenizer, [name], workplace[0], out_dir, None, num_fewshot, chat, add_bos)
+    results = results[name]
     lm = harness.language_model(model, tokenizer, add_bos, max_length=max_length)
     metrics, expected = theirs(lm, name, workplace, num_fewshot, chat)
     for row, scores in zip(samples, expected, strict=True):
@@ -81,6 +85,15 @@ def test_truncation(name, length, tokenizer, workplace, tmp_path):  # noqa: F811
 
 def test_a_model_that_cannot_share(tokenizer, workplace, tmp_path):  # noqa: F811
     check(tiny("sliding"), tokenizer, "hellaswag", workplace, tmp_path)
+
+
+def test_the_bench_times_the_making_of_options(tokenizer, workplace, tmp_path):  # noqa: F811
+    """Documents without options score as complete ones do: bench/evaluate.py makes them from the rows, in what it times."""
+    model, encoder = tiny("llama"), Encoder(tokenizer, 999)
+    chosen = benchmarks.documents("mmlu", workplace[0], 2, 2)
+    shots = benchmarks.mmlu_shots(workplace[0], 2)
+    samples = bench_evaluate.ours(model, encoder, [replace(x, options=[]) for x in chosen], shots)
+    assert samples == list(benchmarks.scored(model, encoder, chosen))
 
 
 def test_gsm8k_reads_answers_as_the_harness_does():

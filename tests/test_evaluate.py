@@ -125,6 +125,7 @@ def test_a_report_holds_every_table(run, capsys):
     assert models["s3ft"]["training"]["sources"] == {"prediction": 6, "paraphrase": 0, "gold": 2}
     assert models["s3ft"]["against_sft"]["difference"] < 0 and models["s3ft"]["drift"]["general"] > 0
     assert results["log_probabilities"]["rows"] == "both accepted"
+    assert results["selection"]["predictions"] == {"n": 8, "length_limit_hit": 0, "unreadable_verdicts": 0}
     assert [len(results["log_probabilities"][kind]) for kind in ("predictions", "paraphrases", "golds")] == [4, 4, 4]
     report = (run / "report.md").read_text()
     assert "| sft | 100.0 | 67.6 to 100.0 |" in report and "| s3ft | 8 | 75.0 | 0.0 | 25.0 |" in report
@@ -171,6 +172,7 @@ def test_another_task_than_the_run_was_trained_on(run, capsys):
     evaluate.main([f"--out={run}", "--device=cpu", "--task=reading"])
     results = json.loads((run / "on_reading" / "results.json").read_text())
     assert not (run / "results.json").exists() and results["config"]["trained_on"] == "custom"
+    assert (run / "sft" / "on_reading" / "test.jsonl").exists() and not (run / "sft" / "test.jsonl").exists()
     assert results["models"]["sft"]["n"] == 8 and results["models"]["sft"]["reading"]["all"]["n"] == 8
     report = capsys.readouterr().out
     assert "# reading (trained on custom)" in report and "| base | unanswerable |" in report
@@ -186,13 +188,25 @@ def test_the_audit_draws_rows_and_reads_them_back(run, capsys):
     assert 0 < accepted < 6 and f"false reject: {6 - accepted} of 6" in capsys.readouterr().out
 
 
-def test_evaluating_twice_makes_nothing_again(run):
+def test_evaluating_twice_makes_nothing_again(run, monkeypatch):
     evaluate.main([f"--out={run}", "--device=cpu"])
     before = {path: path.read_bytes() for path in run.rglob("*.jsonl")}
     (run / "results.json").unlink()
+    monkeypatch.setattr(evaluate, "generate", None)
+    monkeypatch.setattr(evaluate.judges, "judge_all", None)
     evaluate.main([f"--out={run}", "--device=cpu"])
     assert before == {path: path.read_bytes() for path in run.rglob("*.jsonl")}
     assert (run / "results.json").exists()
+
+
+@pytest.mark.parametrize(("flag", "message"), [
+    ("--task=custom", "only a built-in task"), ("--task=gsm9k", "unknown task"), ("--device=gpu9", "this machine has none"),
+    ("--num-fewshot=-1", "invalid choice")])
+def test_bad_flags_are_refused_in_one_line(run, flag, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        exit_cleanly(lambda: evaluate.main([f"--out={run}", flag]))
+    errors = capsys.readouterr().err.strip().split("\n")
+    assert end.value.code == 2 and errors[-1].startswith("error: ") and message in errors[-1]
 
 
 @pytest.mark.parametrize(("prepare", "message"), [

@@ -1,8 +1,10 @@
 """What each judge accepts, row by row of the tables in judges.py and against calculations by hand."""
 
 import itertools
+import os
 import subprocess
 import sys
+import threading
 import time
 from decimal import Decimal
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import judges
+import ranks
 from data import Example
 from judges import (
+    JUDGES,
     LLMJudge,
     abstains,
     extract_code,
@@ -28,7 +32,11 @@ from judges import (
 NUMBERS = [
     ("18", "18 +18 18. 18! 18? **18** *18* _18_ `18` (18) 18; 018 018.0 18.00"),
     ("1234", "1,234 1,234. 1{,}234 1\\,234 1'234 1’234 1_234 1，234 1\u202f234 1\u00a0234 1\u20091\u2009234 1,234.00"),
-    ("1234567.5", "1,234,567.5 1234567.50 1{,}234{,}567.5"),
+    ("1234567.5", "1,234,567.5 1234567.50 1{,}234{,}567.5 1,\\!234,\\!567.5"),
+    ("1450", r"1,\!450 \boxed{1,\!450} $1,\!450$"),
+    ("20", "10%-20% 20€-20€ 20£-20£ $20$-$20$ $20$-20 20$-20$ 20\\$-\\$20 5°-20° 5¥-20 5₹–20 5%−$20 5\u00a0€-20\u00a0€"),
+    ("-20", "€-20 £-20 $-20 \\$-20 x$-20 **-20%** (-20°)"),
+    ("10", r"10^6 10^{6} 1.2x10^3 1.2×10^{-3} 10⁶ $10^6$"), ("2", "2^5 2^{10} 2⁵ 2^-1"),
     ("23", "1,23"), ("4", "3,4"), ("2345", "1,2345"), ("67", "12,345,67"), ("567", "1234,567"),
     ("0.5", ".5 0.5 $.50 +.5 0.50."), ("5", "...5"), ("3", "1.2.3"),
     ("18", "$18 £18 €18 ¥18 ₹18 US$18 USD18 Rs18 18€ 18% 18kg 18km/h 18th 18-year-old #18 18°"),
@@ -56,6 +64,7 @@ def test_what_counts_as_a_number(value, text):
     ("The answer is $1,200.00 per month.", 1200), ("She has 3 + 4 = 7 apples.", 7), ("It takes 3, 4 or 5 days.", 5),
     ("Tom has 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 9", 9), ("#### 1,450", 1450), ("#### -3", -3),
     ("**Answer:** \\(\\boxed{1{,}450}\\)\n", 1450), ("18\x00", 18), ("18\ud800", 18), ("\ufeff18\r\n", 18),
+    ("From 10%-20% of it", 20), ("20€-30€", 30), ("$20$-$30$", 30), ("5°-18°", 18), ("5 $-3$", -3), ("1.2 x 10^3", 10),
     ("9" * 5000, Decimal("9" * 5000)), ("-" + "9" * 5000 + ".5", Decimal("-" + "9" * 5000 + ".5")),
 ])
 def test_last_number_of_a_text(text, value):
@@ -74,7 +83,8 @@ def test_two_answers_without_a_number_are_not_equal(response, gold):
     assert numeric(response, gold) is False
 
 
-@pytest.mark.parametrize("flood", ["9", "1,111", "1,", "-", "^", "1.", ".", " ", "1e", "-$", "^{", "1\\,", "_"])
+@pytest.mark.parametrize("flood", ["9", "1,111", "1,", "-", "^", "1.", ".", " ", "1e", "-$", "^{", "1\\,", "_",
+                                   "1,\\!111", "5$-"])
 def test_a_flood_is_read_in_linear_time(flood):
     last_number(flood * 10)
     times = []
@@ -219,9 +229,10 @@ def test_abstention_by_a_phrase_anywhere(phrase):
 
 
 @pytest.mark.parametrize("phrase", ["NaN", "unknown", "No answer", "None of the above"])
-def test_abstention_by_a_whole_sentence(phrase):
-    assert abstains(phrase) and abstains(f" {phrase}.\n") and abstains(f"{phrase}. The text is silent.")
-    assert not abstains(f"The {phrase} soldier")
+def test_abstention_by_the_whole_reply(phrase):
+    assert abstains(phrase) and abstains(f" **{phrase}.**\n") and abstains(phrase.upper())
+    assert not abstains(f"The {phrase} soldier") and not abstains(f"{phrase}. The text is silent.")
+    assert not abstains(f"Paris\n{phrase}")
 
 
 @pytest.mark.parametrize("response", ["", "Paris", "corn/apples", "It is known", "midkiff", "an unknown city"])
@@ -239,13 +250,24 @@ def test_recall_where_there_is_an_answer():
 
 @pytest.mark.parametrize("response, verdict", [
     ("unanswerable", True), ("Unanswerable.", True), ("The question is unanswerable.", True),
-    ("I don't know. Sorry!", True), ("Unknown. The text names no one.", True), ("n/a", True),
-    ("Paris", False), ("", False), ("...", False),
+    ("I don't know. Sorry!", True), ("Unknown.", True), ("n/a", True),
+    ("Unknown. The text names no one.", False), ("Paris", False), ("", False), ("...", False),
     ("Paris. The answer is unanswerable.", False), ("Paris / The answer is unanswerable", False),
     ("Paris\nunanswerable", False), ("Paris; unanswerable", False), ("unanswerable " + "x " * 50, False),
 ])
 def test_recall_where_there_is_none(response, verdict):
     assert recall(response, "unanswerable", unanswerable=True) is verdict
+
+
+# ------------------------------------------------------------------------------------------------ leaks
+
+
+@pytest.mark.parametrize("text, leak", [
+    ("The Reference Answer says 4.", True), ("Your turn: 4", True), ("Now it's your turn", True), ("In my response, 4", True),
+    ("It is your turn to move.", False), ("The answer is 4.", False), ("", False),
+])
+def test_leaks(text, leak):
+    assert judges.leaks(text) is leak
 
 
 # ------------------------------------------------------------------------------------------------ by name
@@ -260,18 +282,38 @@ def test_judges_by_name():
     assert list(judge_all("recall", pairs)) == [True, False, False, True]
 
 
-def test_programs_run_in_parallel_and_keep_their_order():
+@pytest.mark.parametrize("cores, world, expected", [(8, 1, 8), (8, 2, 4), (2, 4, 1), (1, 1, 1)])
+def test_a_process_takes_its_share_of_the_cores_that_it_may_use(monkeypatch, cores, world, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(ranks, "WORLD", world)
+    assert judges.workers() == expected
+    threads = set()
+    monkeypatch.setitem(JUDGES, "code", lambda x, y: threads.add(threading.get_ident()) or time.sleep(0.01))
+    list(judge_all("code", [(None, "")] * 40))
+    assert len(threads) == expected
+
+
+def test_programs_run_in_parallel_and_keep_their_order(monkeypatch):
+    monkeypatch.setattr(judges, "workers", lambda: 4)
+
     def row(i):
-        seconds = 0.5 if i % 4 == 0 else 0
+        seconds = 1 if i % 4 == 0 else 0
         return Example(str(i), "q", "", tests=(f"assert f() == {i}",)), \
             f"import time\ndef f():\n    time.sleep({seconds})\n    return {i if i % 3 else -1}"
 
-    assert list(judge_all("code", [row(i) for i in range(12)])) == [i % 3 != 0 for i in range(12)]
+    start = time.monotonic()
+    assert list(judge_all("code", [row(i) for i in range(16)])) == [i % 3 != 0 for i in range(16)]
+    assert time.monotonic() - start < 3.5  # one after the other they would sleep for 4 s
 
 
-def test_verdicts_come_as_they_are_made():
-    pairs = [(Example(str(i), "q", "", tests=("assert f(1) == 2",)), PROGRAM) for i in range(10_000)]
-    assert list(itertools.islice(judge_all("code", pairs), 3)) == [True] * 3
+def test_verdicts_come_as_they_are_made(monkeypatch):
+    judged = []
+    monkeypatch.setattr(judges, "workers", lambda: 2)
+    monkeypatch.setitem(JUDGES, "code", lambda x, y: time.sleep(0.01) or not judged.append(y))
+    verdicts = judge_all("code", [(None, str(i)) for i in range(1000)])
+    assert list(itertools.islice(verdicts, 3)) == [True] * 3
+    verdicts.close()
+    assert len(judged) < 100  # and what nobody waits for is not judged
 
 
 def test_the_llm_judge_asks_in_batches_and_tells_no_verdict_from_false():

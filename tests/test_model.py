@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import (AutoModelForCausalLM, Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config,
+                          Qwen3Config)
 
 from data import InputError
-from model import common_prefix, load_model, log_probs, packs, target_logits
+from model import HeadLoss, common_prefix, load_model, log_probs, packs, plain_head, target_logits, target_loss
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0)
@@ -91,6 +92,34 @@ def test_packed_loss_has_the_gradients_of_a_padded_batch(checkpointing, rows, sh
     F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum").backward()
     for (name, a), b in zip(packed.named_parameters(), padded.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.model_type}-{getattr(c, 'sliding_window', None)}")
+def test_the_loss_without_logits_is_cross_entropy(config, monkeypatch):
+    """Loss and gradients with a frozen head, in chunks that do not divide the targets, against the plain way."""
+    monkeypatch.setattr(HeadLoss, "CHUNK", 4)
+    ours, plain = model_of(config, "rows"), model_of(config, "rows")
+    for model in (ours, plain):
+        model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight.clone(), False)
+    assert plain_head(ours, ours.get_output_embeddings())
+    loss = target_loss(ours, random_rows())
+    (3 * loss).backward()
+    expected = F.cross_entropy(*target_logits(plain, random_rows()), reduction="sum")
+    (3 * expected).backward()
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+    compared = [(a.grad, b.grad) for a, b in zip(ours.parameters(), plain.parameters(), strict=True) if b.grad is not None]
+    assert len(compared) > 10
+    for a, b in compared:
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_that_does_more_takes_the_plain_way():
+    config = Gemma2Config(**SHAPE, final_logit_softcapping=2.0)
+    model = model_of(config, "eager").requires_grad_(False)
+    assert not plain_head(model, model.get_output_embeddings())
+    with torch.no_grad():
+        expected = F.cross_entropy(*target_logits(model, random_rows()), reduction="sum")
+        assert target_loss(model, random_rows()) == pytest.approx(expected.item())
 
 
 def test_log_probs_sum_over_target_tokens_only():

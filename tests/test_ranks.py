@@ -59,6 +59,7 @@ def test_two_processes_end_with_the_files_and_weights_of_one(flags, tmp_path):
     for name, weight in weights.items():
         torch.testing.assert_close(shared[name], weight, atol=1e-5, rtol=0)
 
+    finish(torchrun("s3ft.py", *flags, "--method=sft", f"--out={two}"))  # nothing to generate: no rank waits in vain
     output = finish(torchrun("evaluate.py", "--device=cpu", f"--out={two}"))
     assert output.count("## In-domain accuracy") == 1
     assert [row["id"] for row in read_jsonl(two / "s3ft" / "test.jsonl")] == [row["id"] for row in QUESTIONS]
@@ -81,6 +82,24 @@ def test_a_killed_rank_ends_the_run_and_the_rerun_goes_on(flags, tmp_path):
     assert steps == list(range(1, 121)) and not (out / "s3ft" / "checkpoint.pt").exists()
 
 
+def make(part):
+    return ({"id": x} for x in part)
+
+
+def arrange(rows):
+    return sorted(rows, key=lambda row: row["id"])
+
+
+def test_rows_are_put_in_order_where_a_run_died_before_it(tmp_path):
+    """All rows were made, but the file stands as they finished, and a part still lies beside it."""
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"id": "b"}, {"id": "a"}])
+    assert add_rows(path, resume_jsonl(path), [], make, arrange) == read_jsonl(path) == [{"id": "a"}, {"id": "b"}]
+    write_jsonl(tmp_path / "rows.rank1.jsonl", [{"id": "0"}])
+    add_rows(path, resume_jsonl(path), [], make, arrange)
+    assert [row["id"] for row in read_jsonl(path)] == ["0", "a", "b"] and len(list(tmp_path.iterdir())) == 1
+
+
 def test_rows_of_ranks_that_died_are_taken_over(tmp_path):
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, [{"id": "a"}])
@@ -88,6 +107,6 @@ def test_rows_of_ranks_that_died_are_taken_over(tmp_path):
     (tmp_path / "rows.rank1.jsonl").write_text('{"id": "a"}\n{"id": "b"}\n{"id": "d')  # written already; new; torn
     write_jsonl(tmp_path / "rows.judged.rank0.jsonl", [{"id": "not ours"}])
     assert [row["id"] for row in resume_jsonl(path)] == ["a", "c", "b"]
-    rows = add_rows(path, ["d"], lambda part: ({"id": x} for x in part), lambda rows: sorted(rows, key=lambda row: row["id"]))
+    rows = add_rows(path, resume_jsonl(path), ["d"], make, arrange)
     assert [row["id"] for row in rows] == list("abcd") and read_jsonl(path) == rows
     assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "rows.judged.rank0.jsonl"}

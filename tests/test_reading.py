@@ -99,13 +99,27 @@ def test_squad_v2_kinds_of_rows(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (squad_file({"c": [{"id": "9", "question": "q"}]}), "question 9: the field 'answers' is missing"),
-    (squad_file({"c": [{"id": "9", "answers": []}]}), "not SQuAD-format JSON.*'question'"),
-    ([1], "not SQuAD-format"), ("{", "not valid JSON"),
+    (squad_file({"c": [], "d": [question("1"), {"id": "9", "question": "q"}]}),
+     "s.json, article 1, paragraph 2, question 2 .id 9.: the field 'answers' is missing"),
+    (squad_file({"c": [{"id": "9", "answers": []}]}), "article 1, paragraph 1, question 1 .id 9.: the field 'question' is mis"),
+    (squad_file({"c": [{"question": "q"}]}), "article 1, paragraph 1, question 1: the field 'id' is missing"),
+    (squad_file({"c": [question(None)]}), "question 1: the field 'id' must be text, found null"),
+    (squad_file({"c": [question("9", (None,))]}), "question 1 .id 9.: the field 'text' must be text, found null"),
+    (squad_file({"c": [question("9") | {"answers": "a"}]}), "id 9.: the field 'answers' must be a list, found \"a\""),
+    (squad_file({"c": {}}), "article 1, paragraph 1: the field 'qas' must be a list, found {}"),
+    ({"data": [{"paragraphs": [{"context": None, "qas": []}]}]}, "paragraph 1: the field 'context' must be text, found null"),
+    ({"data": [{"paragraphs": ["c"]}]}, "article 1, paragraph 1: the field 'context' is missing"),
+    ({"data": [{"title": "T"}]}, "article 1: the field 'paragraphs' is missing"),
+    ([1], "s.json, read as SQuAD's JSON: the field 'data' is missing"), ("{", "not valid JSON"),
 ])
-def test_bad_squad_files(tmp_path, content, message):
+def test_bad_squad_rows_are_named(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
         reading.read_squad(put(tmp_path / "s.json", content))
+
+
+def test_a_number_as_id_becomes_text(tmp_path):
+    path = put(tmp_path / "s.json", squad_file({"c": [question(7), question(8, ())]}))
+    assert [x.id for x in reading.read_squad(path)[0]] == ["7", "8"]
 
 
 @pytest.mark.parametrize(("task", "version"), [("squad", "v2.0"), ("squad1", "v1.1")])
@@ -164,7 +178,8 @@ def test_musique_rows_come_twice_and_stay_together(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "expected"), [
-    ({"paragraphs": []}, ("Ann", ("Anna",), "")), ({"answer_aliases": None}, ("Ann", (), "T0\nText 0.\n\nT1\nText 1.")),
+    ({"paragraphs": [], "answer": ["Ann", "A."]}, ("Ann", ("A.", "Anna"), "")),
+    ({"answer_aliases": None}, ("Ann", (), "T0\nText 0.\n\nT1\nText 1.")),
     ({"answerable": None}, ("Ann", ("Anna",), "T0\nText 0.\n\nT1\nText 1."))])
 def test_odd_musique_rows(tmp_path, change, expected):
     x = reading.read_musique(put_rows(tmp_path / "m.jsonl", [musique_row("1", True) | change]))[0]
@@ -243,12 +258,27 @@ def test_multidoc2dial_is_unpacked_and_split_by_dialogue(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (dialogues({"dial_id": "x", "turns": [turn(1, "user", "", "q", "d9")]}), "turn x_1: the document 'd9'"),
-    (dialogues({"turns": [turn(1, "user", "", "q")]}), "not MultiDoc2Dial JSON.*'dial_id'"),
-    ([], "not MultiDoc2Dial JSON"), ("nothing", "not valid JSON")])
+    (dialogues({"dial_id": "x", "turns": [turn(1, "user", "", "q", "d9")]}), "dialogue 1, turn x_1: the document 'd9'"),
+    (dialogues(DIALOGUE, {"turns": []}), "t.json, domain dmv, dialogue 2: the field 'dial_id' is missing"),
+    (dialogues({"dial_id": "x"}), "dialogue 1: the field 'turns' is missing"),
+    (dialogues({"dial_id": "x", "turns": [{"role": "user"}]}), "dialogue 1, turn 1: the field 'turn_id' is missing"),
+    (dialogues({"dial_id": "x", "turns": [turn(1, "user", "", None)]}), "turn x_1: the field 'utterance' must be text"),
+    (dialogues({"dial_id": "x", "turns": [turn(1, "user", "", "q") | {"references": ["d1"]}]}), "turn x_1: the field 'doc_id'"),
+    ({"dial_data": {"dmv": {}}}, "t.json, dial_data: the field 'dmv' must be a list"),
+    ([], "t.json: the field 'dial_data' is missing"), ("nothing", "not valid JSON")])
 def test_bad_multidoc2dial_files(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
         reading.read_multidoc2dial(put(tmp_path / "t.json", content), put(tmp_path / "d.json", DOCUMENTS))
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({}, "d.json: the field 'doc_data' is missing"),
+    ({"doc_data": []}, "d.json: the field 'doc_data' must be an object"),
+    ({"doc_data": {"dmv": []}}, "d.json, doc_data: the field 'dmv' must be an object"),
+    ({"doc_data": {"dmv": {"d1": {"doc_text": None}}}}, "d.json, document d1: the field 'doc_text' must be text, found null")])
+def test_bad_multidoc2dial_documents_are_not_blamed_on_the_dialogues(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        reading.read_multidoc2dial(put(tmp_path / "t.json", dialogues(DIALOGUE)), put(tmp_path / "d.json", content))
 
 
 def test_a_download_that_is_no_zip(tmp_path, monkeypatch):

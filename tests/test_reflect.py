@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import evaluate
+import model as model_module
 import reflect
-from data import CUSTOM_TASK, READING_TASK, Example, chat_ids, prompt
+from data import CUSTOM_TASK, READING_TASK, TASKS, Example, chat_ids, prompt
 from files import InputError, exit_cleanly, read_jsonl, write_jsonl
 from model import load_model
 from reflect import REWRITE_BOTH, TAGS, Pair, ifd, parse_fields, r_ifd, score
@@ -71,6 +72,41 @@ def test_a_pair_that_does_not_fit_has_no_score(loaded):
     assert set(score(*loaded, PAIRS | {"long": Pair("q", "q", "x" * 2100)})) == set(PAIRS)
 
 
+def out_of_memory_above(tokens, monkeypatch):
+    """Fail as a GPU does where a group holds more than `tokens`; -> the sizes of the groups that were tried."""
+    tried, real = [], model_module.target_logits
+
+    def target_logits(model, group, share_prefix):
+        tried.append(sum(len(ids) for ids, _ in group))
+        if tried[-1] > tokens:
+            raise torch.OutOfMemoryError
+        return real(model, group, share_prefix)
+
+    monkeypatch.setattr(model_module, "target_logits", target_logits)
+    return tried
+
+
+def test_out_of_memory_means_smaller_groups_and_no_lost_row(loaded, monkeypatch, capsys):
+    model, tokenizer = loaded
+    rows = [row for pair in PAIRS.values() for row in reflect.scoring_rows(tokenizer, pair)]
+    expected = list(model_module.token_log_probs(model, rows))
+    total, longest = sum(len(ids) for ids, _ in rows), max(len(ids) for ids, _ in rows)
+    tried = out_of_memory_above(longest, monkeypatch)
+    found = list(model_module.token_log_probs(model, rows))
+    assert [len(row) for row in found] == [len(row) for row in expected]
+    assert sum(found, []) == pytest.approx(sum(expected, []), abs=1e-4)
+    failed = [size for size in tried if size > longest]
+    assert failed[0] == total and sum(tried) == total + sum(failed)  # what fitted was computed once
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert said == [f"out of memory: going on with {size // 2} tokens at a time" for size in failed]
+
+
+def test_out_of_memory_over_one_row_is_one_line(loaded, monkeypatch):
+    out_of_memory_above(0, monkeypatch)
+    with pytest.raises(InputError, match="out of memory over one row of [0-9]+ tokens"):
+        score(*loaded, PAIRS)
+
+
 # ------------------------------------------------------------------------------------------------ the teacher's replies
 
 
@@ -101,8 +137,9 @@ def test_a_copy_of_the_prompt_counts_as_nothing():
 class Base:
     """What the method needs of s3ft.BaseModel, with the gold as it is."""
 
-    def __init__(self, model, tokenizer, run, task=CUSTOM_TASK, teacher=None):
+    def __init__(self, model, tokenizer, run, task=CUSTOM_TASK, teacher=None, trust_remote_code=False):
         self.model, self.tokenizer, self.run, self.teacher = model, tokenizer, run, teacher
+        self.trust_remote_code = trust_remote_code
         self.task = replace(task, judge="numeric")
 
     def gold(self, x):
@@ -242,6 +279,37 @@ def test_another_teacher_writes_and_the_student_scores(loaded, tiny, tmp_path, m
         list(reflect.reflect(D[:1], Base(*loaded, tmp_path / "one")))
 
 
+def test_a_teacher_with_code_of_its_own_is_trusted_as_the_model_is(loaded, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reflect, "load_model", lambda *args: asked.append(args))
+    for trusted in (False, True):
+        reflect.Teacher(Base(*loaded, tmp_path, teacher="T", trust_remote_code=trusted)).load()
+    assert asked == [("T", "cpu", "float32", False), ("T", "cpu", "float32", True)]
+
+
+def test_a_row_with_tests_keeps_its_question_and_is_judged(loaded, tmp_path, monkeypatch):
+    tests = ("assert f(1) == 2", "assert f(2) == 3", "assert f(3) == 4")
+    code = Example("a", "Write f, which adds one.", "def f(x): return x + 1", tests=tests)
+    give(tmp_path, "reflect_instructions", {"a": both("Write g.", "def g(): pass"), "b": "nothing"})
+    give(tmp_path, "reflect_instructions.retry", {"b": "nothing"})
+    give(tmp_path, "reflect_responses", {"a": "[Better Answer] def f(x): return 1 + x [End]", "b": "[Better Answer] 4 [End]"})
+    scripted(monkeypatch, {"def f(x): return 1 + x": (0.9, 0.8), "def g(): pass": (0.95, 0.1)})
+    monkeypatch.setattr(reflect, "judged", lambda model, tokenizer, task, rows, path: {x.id: x.tests == tests for x, _ in rows})
+    ((x, y, _, trace),) = reflect.reflect([code, D[1]], Base(*loaded, tmp_path))
+    assert (x, y) == (code, "def f(x): return 1 + x")
+    assert (trace["phase_1"], trace["phase_2"], trace["judged"]) == ("skipped: the row has tests", "accepted", True)
+    assert [row["phase_1"] for row in read_jsonl(tmp_path / "reflect.jsonl")] == [trace["phase_1"], "no rewrite"]
+
+
+def test_the_teacher_sees_the_tests(loaded, tmp_path, monkeypatch):
+    made = counting(monkeypatch)
+    x = Example("a", "Write f.", "def f(x): pass", tests=("assert f(1)", "assert f(2)", "assert f(3)"))
+    list(reflect.reflect([x], Base(*loaded, tmp_path, TASKS["mbpp"])))
+    assert len(made) == 2 and all("[Better Answer]" in prompts[0] for prompts in made)  # phase 2 and its second try only
+    assert ("### Instruction\nWrite f.\n\nThe code should pass these tests:\nassert f(1)\nassert f(2)\nassert f(3)\n\n"
+            "### Answer\n") in made[0][0]
+
+
 def test_a_teacher_that_is_not_there(loaded, tmp_path):
     with pytest.raises(InputError, match="--teacher /nowhere: cannot be loaded"):
         list(reflect.reflect(D, Base(*loaded, tmp_path, teacher="/nowhere")))
@@ -286,3 +354,17 @@ def test_bad_rows_are_named(tiny, tmp_path, capsys, row, message):
         exit_cleanly(lambda: reflect.main(argv))
     errors = capsys.readouterr().err.strip().split("\n")
     assert end.value.code == 2 and message in errors[-1] and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (["--device=gpu9"], "error: --device gpu9: this machine has none, or torch cannot use it"),
+    (["--dtype=int8"], "error: argument --dtype: invalid choice: 'int8'"),
+    (["--no-such"], "error: unrecognized arguments: --no-such"),
+])
+def test_a_bad_command_line_ends_in_one_line(tiny, tmp_path, capsys, change, message):
+    write_jsonl(tmp_path / "in.jsonl", [{"question": "q", "answer": "a"}])
+    argv = [f"--score={tmp_path / 'in.jsonl'}", f"--model={tiny}", f"--out={tmp_path / 'out.jsonl'}", *change]
+    with pytest.raises(SystemExit) as end:
+        exit_cleanly(lambda: reflect.main(argv))
+    errors = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(errors) == 1 and errors[0].startswith(message)

@@ -20,6 +20,7 @@ import lora
 import s3ft
 from data import CUSTOM_TASK, Example, training_ids
 from files import exit_cleanly, read_jsonl, write_jsonl
+from judges import leaks
 from model import load_model
 from s3ft import Judged
 
@@ -95,7 +96,7 @@ def test_rft_takes_the_likeliest_accepted_sample_and_drops_the_rest():
     ("The Reference Answer says 7.", True), ("Your turn: 7", True), ("It's your turn", False),
     ("Now it's your turn", True), ("In my response, 7", True), ("7 apples, as he was responsive.", False)])
 def test_leaks(text, leaking):
-    assert s3ft.leaks(text) is leaking
+    assert leaks(text) is leaking
 
 
 # ------------------------------------------------------------------------------------------------ the training step
@@ -281,7 +282,7 @@ def start(argv) -> subprocess.Popen:
 def test_a_run_killed_again_and_again_ends_with_the_same_files(command):
     """20 seeded moments, mostly SIGKILL, also SIGTERM and Ctrl-C; the reference run is never disturbed."""
     argv, out = command
-    argv = [*argv, "--method=s3ft", "--steps=100", "--eval-every=3"]
+    argv = [*argv, "--method=s3ft", "--steps=200", "--eval-every=3"]
     s3ft.main(argv)
     expected = snapshot(out)
     moved = out.with_name("reference")
@@ -301,6 +302,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_files(command):
         time.sleep(rng.uniform(0, 1))
         process.send_signal(end)
         process.communicate(timeout=60)
+        assert process.returncode in (-end, 130), "the run had ended before the signal came: make it longer"
     assert snapshot(out) == expected
 
 
@@ -350,6 +352,48 @@ def test_a_prompt_longer_than_the_context(command, capsys, tmp_path):
 
 def test_an_unwritable_folder(command, capsys, tmp_path):
     assert "cannot be written" in refuse([*command[0], "--method=sft", f"--out={tmp_path / 'rows.jsonl' / 'run'}"], capsys)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ("--target-modules=attn", "attn"), ("--model=no/such-model", "cannot be loaded")])
+def test_a_mistake_does_not_mark_the_folder(command, capsys, wrong, message):
+    """Refused, then given rightly with the same --out."""
+    argv, out = command
+    assert message in refuse([*argv, "--method=sft", wrong], capsys)
+    assert not list(out.rglob("config.json"))
+    s3ft.main([*argv, "--method=sft", "--steps=2"])
+    assert (out / "sft" / "training.json").exists()
+
+
+def test_a_run_may_go_on_with_smaller_micro_batches(command):
+    argv, out = command
+    s3ft.main([*argv, "--method=sft", "--steps=2"])
+    (out / "sft" / "training.json").unlink()
+    s3ft.main([*argv, "--method=sft", "--steps=2", "--micro-batch=1", "--gradient-checkpointing"])
+    assert (out / "sft" / "training.json").exists()
+
+
+def test_a_validation_prompt_that_does_not_fit_is_named_before_anything_is_made(command, capsys, tmp_path):
+    argv, out = command
+    write_jsonl(tmp_path / "long.jsonl", [{"id": "v7", "question": "x" * 3000, "answer": "1"}])
+    error = refuse([*argv, "--method=s3ft", f"--val-file={tmp_path / 'long.jsonl'}"], capsys)
+    assert "v7" in error and not out.joinpath("predictions.jsonl").exists()
+
+
+def test_a_file_flag_beside_a_built_in_task_is_refused(command, capsys):
+    argv = ["--task=reading", "--method=sft", "--train-file=mine.jsonl", f"--out={command[1]}"]
+    assert "the other tasks with none" in refuse(argv, capsys)
+
+
+def test_what_a_killed_run_was_writing_is_swept_away(command):
+    argv, out = command
+    (out / "sft").mkdir(parents=True)
+    (out / "sft" / ".checkpoint.pt.1234.tmp").write_bytes(b"half")
+    s3ft.main([*argv, "--method=sft", "--steps=2"])
+    (out / "sft" / "checkpoint.pt").write_bytes(b"left by a kill after training.json")
+    s3ft.main([*argv, "--method=sft", "--steps=2"])
+    assert {p.name for p in (out / "sft").iterdir()} == {"config.json", "train.jsonl", "log.jsonl", "training.json",
+                                                         "adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_other_settings_on_the_same_folder(command, capsys):

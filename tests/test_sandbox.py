@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import resource
 import signal
 import struct
 import subprocess
@@ -120,9 +119,20 @@ def test_what_honest_programs_may_do(program, test):
     ("def f(): return object()", "assert f() == ..."),
     ("def f(): return object()\ndef g(): return object()", "assert f() == g()"),
     ("def f(): return object()\ndef g(): return object()", "assert f() is g()"),
+    ("class L:\n    __class__ = bool\n    __repr__ = lambda s: '2'\ndef f(): return L()", "assert f() == 2"),
+    ("class S(set): __iter__ = lambda s: iter([2])\ndef f(): return S({1})", "assert f() == {2}"),
+    ("class S(frozenset): __bool__ = lambda s: False\ndef f(): return S({2})", "assert f() == set()"),
 ])
 def test_what_python_does_not_call_equal_is_not_equal(program, test):
     assert not passes(program, test)
+
+
+@pytest.mark.parametrize("value", ["{frozenset({1, 2})}", "{frozenset({1, 2}): 3}", "[{(1, frozenset({2}))}]",
+                                   "{1: [2]}.items()"])
+def test_what_cannot_cross_harms_no_other_value(value):
+    program = f"def f(): return {value}\ndef g(): return 1"
+    assert passes(program, "assert g() == 1", "assert f() != 3", "assert f() is not None")
+    assert not passes(program, "assert f() == 3") and not passes(program, "assert f() is None")
 
 
 # ------------------------------------------------------------------------------------------------ forged verdicts
@@ -194,7 +204,7 @@ FORGERIES = {
             if type(found) is list and found and all(type(code) is types.CodeType for code in found):
                 found[:] = [compile("None", "", "eval")] * len(found)
         """,
-    "raw memory by a cast": """
+    "raw memory by a function of ctypes": """
         import ctypes, os, re
         def f(x):
             parts = [part for part in vars(os).values() if type(part) is type(f)] + list(map(os.urandom, range(9, 500)))
@@ -206,7 +216,7 @@ FORGERIES = {
                         except OSError: pass
             os._exit(0)
         """,
-    "raw memory by an address": """
+    "raw memory by a method of ctypes": """
         import os, re
         def below(kind):
             for sub in type.__subclasses__(kind):
@@ -231,6 +241,43 @@ FORGERIES = {
 def test_forgery_never_passes(name, test):
     program = textwrap.dedent(FORGERIES[name])
     assert not passes(program if "def f" in program else WRONG + "\n" + program, test, cpu_seconds=3)
+
+
+TAKEN = {  # a builtin's name taken by the program, and the test that it would pass; f gives None
+    "isinstance": "def isinstance(*a): return True\n", "len": "def len(x): return 3\n", 
+    "math": "class math: isclose = lambda *a: True\n",
+    "sorted": "def sorted(x): return [1, 2]\n", "list": "list = lambda x: [1, 2]\n", "abs": "def abs(x): return None\n",
+    "float": "import builtins\nbuiltins.float = lambda x: 2\n", "max": "def max(*a): return 3\n",
+}
+
+
+@pytest.mark.parametrize("name, test", [
+    ("isinstance", "assert isinstance(f(1), int) == True"), ("isinstance", "assert isinstance(f(1), int)"),
+    ("len", "assert len(f(1)) == 3"), ("len", "assert 3 == len(f(1))"), ("len", "assert len(f(1)) + 1 == 4"),
+    ("math", "assert math.isclose(f(1), 2.6) == True"), ("math", "assert math.isclose(f(1), 2.6)"),
+    ("sorted", "assert sorted(f(1)) == [1, 2]"), ("list", "assert list(f(1)) == [1, 2]"),
+    ("abs", "assert f(1) == abs(-2)"), ("float", "assert float(f(1)) == 2"), ("max", "assert max(f(1), 2) == 3"),
+])
+def test_a_builtin_that_the_program_patched_decides_nothing(name, test):
+    assert not passes(TAKEN[name] + "def f(x): return None", test)
+
+
+@pytest.mark.parametrize("name, test, expected", [
+    ("sum", "assert sum(1, 2) != 4", True), ("sum", "assert sum(2, 2) != 4", False), ("sum", "assert sum(2, 4) == 8", True),
+    ("sum", "assert sum(2, 4) == 6", False), ("sum", "assert abs(sum(-2, 4)) == 8", True),
+    ("pow", "assert math.isclose(pow(2, 4), 8)", True),
+])
+def test_a_program_may_have_a_builtins_name(name, test, expected):
+    assert passes(f"def {name}(a, b): return a * b", test) is expected
+
+
+@pytest.mark.parametrize("test", [
+    "assert list(f(2)) == [0, 1]", "assert sorted(f(2), reverse=True) == [1, 0]", "assert sum(f(3)) == 3",
+    "assert max(f(3)) == 2", "assert tuple(f(1)) == (0,)", "assert any(f(1)) == False", "assert len(list(f(4))) == 4",
+    "assert [len(list(f(i))) for i in (1, 2)] == [1, 2]",
+])
+def test_what_a_generator_yields_is_compared(test):
+    assert passes("def f(n): yield from range(n)", test) and not passes("def f(n): yield 7", test)
 
 
 @pytest.mark.parametrize("returned", ["Liar()", "[Liar()]", "{1: Liar()}", "LyingInt(-7)"])
@@ -305,8 +352,22 @@ LOOT = """
 
 @pytest.mark.parametrize("collect", ["pass", "import gc; look(gc.get_objects(), set(), found)",
                                      "import gc; look(gc.get_referents(sys._getframe().f_back.f_back), set(), found)"])
-def test_the_secret_cannot_be_found_from_inside(collect):
+def test_no_name_leads_to_the_secret(collect):
     assert not passes(LOOT.replace("COLLECT", collect).replace("ENDING", "pass"), LOOP)
+
+
+def test_memory_can_be_read_as_the_contract_says():
+    """By a pointer of ctypes, which raises no event: should this fail, the contract may promise more."""
+    program = """
+        def below(kind):
+            for sub in type.__subclasses__(kind):
+                yield sub
+                yield from below(sub)
+        found = {sub.__name__: sub for sub in below(object)}
+        class Pointer(found["_Pointer"]): _type_ = found["c_char"]
+        def f(x): return len(Pointer(found["c_char"](b"x"))[-64:64])
+        """
+    assert passes(program, "assert f(1) == 128")
 
 
 def test_the_search_for_the_secret_would_find_one():
@@ -337,22 +398,31 @@ def test_a_sleeping_program_is_ended_by_the_wall_clock(monkeypatch):
     assert seconds("import time\ntime.sleep(3600)", cpu_seconds=0.1) < 10
 
 
+def peak_of_judging(program: str) -> int:
+    """The most memory (kB) that a judge of its own process ever held while it refused a program."""
+    judge = f"import re, sandbox; assert not sandbox.passes({program!r}, [{EQUALITY!r}], cpu_seconds=2)\n" \
+            "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    return int(subprocess.run([sys.executable, "-c", judge], cwd=ROOT, capture_output=True, check=True, text=True).stdout)
+
+
+@isolated
 def test_memory_is_limited():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert not passes("x = bytearray(2 << 30)\n" + HONEST, EQUALITY)
     assert not passes("x = []\nwhile True: x.append(bytearray(1 << 20))\n" + HONEST, EQUALITY)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB; the parent holds none of it
+    assert passes("x = bytearray(1 << 29)\n" + HONEST, EQUALITY)
 
 
-def test_output_is_limited():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert not passes("while True: print('x' * (1 << 20))", EQUALITY, cpu_seconds=1)
-    assert not passes("def f(x): return 'x' * (1 << 27)", EQUALITY)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+@isolated
+@pytest.mark.parametrize("program", ["while True: print('x' * (1 << 20))", "def f(x): return 'x' * (1 << 27)"])
+def test_the_judge_holds_no_flood_of_output(program):
+    assert peak_of_judging(program) < 60_000  # 20_000 without any output
 
 
-def test_the_verdict_does_not_depend_on_the_load():
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3 * os.cpu_count())]
+def test_the_verdict_does_not_depend_on_the_load(monkeypatch):
+    """Neither by its CPU time nor, on Linux, by the wall clock: the guard is 1.5 s here, and 0.7 s of CPU take longer."""
+    monkeypatch.setattr(sandbox, "WALL_SECONDS", -3.5 if sys.platform == "linux" else 60)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)  # of the child's own weight
+            for _ in range(3 * os.cpu_count())]
     try:
         program = "import time\ndef f(x):\n    while time.process_time() < 0.7: pass\n    return x + 1"
         assert passes(program, EQUALITY, cpu_seconds=1)
@@ -381,8 +451,7 @@ def test_open_files_are_limited():
     "os.kill(os.getppid(), 0)",
     "os.killpg(0, 15)",
     "import fcntl; fcntl.fcntl(os.open(os.__file__, 0), 8, os.getppid())",  # F_SETOWN: signals by way of a descriptor
-    "os.setsid()",
-    "import resource; resource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
+    "import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 1))",
     "import resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
     "import socket; socket.socket()",
     "import socket; socket.socketpair()",
@@ -391,7 +460,6 @@ def test_open_files_are_limited():
     "open('/proc/self/mem', 'rb')",
     "open(f'/proc/{os.getppid()}/environ')",
     "open(f'/proc/{os.getppid()}/mem', 'rb')",
-    "open('/dev/tty')",
     "os.listdir('/')",
     "os.listdir(f'/proc/{os.getppid()}/fd')",
     "open('new', 'w')",
@@ -404,18 +472,21 @@ def test_open_files_are_limited():
     "os.truncate(os.__file__, 0)",
     "os.utime(os.__file__)",
     "os.chmod('.', 0o777)",
-    "os.chown('.', 1, 1)",
+    "os.chown('.', os.getuid(), os.getgid())",  # this and the next change nothing, so that anyone may do them
+    "os.setuid(os.getuid())",
     "os.setxattr('.', 'user.a', b'a')",
-    "os.chroot('.')",
     "os.mkfifo('a')",
     "os.memfd_create('a')",
     "os.nice(1)",
-    "os.setuid(1)",
     "import tempfile; tempfile.mkdtemp()",
-    "input()",
 ])
 def test_forbidden(action):
-    assert attempt(action) in ("PermissionError", "OSError", "EOFError", "AssertionError", "FileNotFoundError")
+    """Each is something that an ordinary user's process may do."""
+    assert attempt(action) in ("PermissionError", "OSError", "AssertionError", "FileNotFoundError")
+
+
+def test_there_is_no_input():
+    assert attempt("import sys; assert sys.stdin.read() == '' and os.read(0, 1) == b''") == "done"
 
 
 def test_nothing_of_the_parent_comes_along(monkeypatch):
