@@ -127,7 +127,7 @@ class Ending:
     def __init__(self, model, tokenizer, stop: str | None):
         eos = model.generation_config.eos_token_id
         self.eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        if tokenizer.chat_template:
+        if getattr(tokenizer, "chat_template", None):
             self.eos.add(end_of_turn(tokenizer))  # what training_ids teaches the model to end with
         self.tokenizer, self.stop, self.closers = tokenizer, stop, {}
 

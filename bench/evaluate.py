@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -29,7 +30,10 @@ from files import exit_cleanly, read_jsonl, write_json, write_text  # noqa: E402
 from likelihood import Encoder, max_length  # noqa: E402
 from model import load_model  # noqa: E402
 
-CASES = [("hellaswag", 0), ("mmlu", 0), ("mmlu", 5)]  # benchmark, shots
+CASES = [("hellaswag", 0), ("mmlu", 0), ("mmlu", 5), ("truthfulqa", 0), ("winogrande", 0)]  # benchmark, shots
+METRICS = {"hellaswag": {"acc": ("hellaswag", "acc"), "acc_norm": ("hellaswag", "acc_norm")},  # ours -> harness's task, metric
+           "winogrande": {"acc": ("winogrande", "acc")},
+           "truthfulqa": {"mc1": ("truthfulqa_mc1", "acc"), "mc2": ("truthfulqa_mc2", "acc")}}
 SUBJECTS = ("anatomy", "high_school_physics", "professional_law")
 
 
@@ -73,28 +77,42 @@ def measure(model, tokenizer, name: str, shots: int, args) -> dict:
                 spent, result = seconds(lambda lm=lm: harness.evaluate(lm, loaded))
                 times[f"harness, batch {size}"] += spent
                 worst = max(worst, difference(samples, result, loaded))
+        metrics = compare_metrics(name, samples, result, loaded)
     done = len(chosen) * args.rounds
     return {"benchmark": name, "shots": shots, "documents": len(chosen), "rounds": args.rounds,
             "documents a second": {side: round(done / spent, 3) for side, spent in times.items()},
             "times as fast": {side: round(spent / times["ours"], 2) for side, spent in times.items() if side != "ours"},
-            "largest difference": worst}
+            "largest difference": worst, "metrics, ours and the harness's": metrics}
 
 
 def difference(samples: list[dict], result: dict, loaded: dict) -> float:
     """The largest between our log-likelihoods and the harness's."""
     ours = [row["log_likelihoods"] for row in sorted(samples, key=lambda row: row["index"])]
-    theirs = [document for task in loaded["tasks"] for document in harness.log_likelihoods(result, task)]
+    theirs = [harness.log_likelihoods(result, task) for task in loaded["tasks"]]
+    if samples[0]["benchmark"] == "truthfulqa":  # its two tasks have the same documents, the others' have different ones
+        theirs = [[mc1 + mc2 for mc1, mc2 in zip(*theirs, strict=True)]]
+    theirs = [document for task in theirs for document in task]
     pairs = (pair for mine, yours in zip(ours, theirs, strict=True) for pair in zip(mine, yours, strict=True))
     return max(abs(mine - yours) for mine, yours in pairs)
 
 
+def compare_metrics(name: str, samples: list[dict], result: dict, loaded: dict) -> dict[str, list[float]]:
+    """metric -> [our mean, the harness's]; MMLU's over all documents."""
+    tasks = METRICS.get(name, {"acc": (None, "acc")})
+    theirs = {ours: [sample[key] for one in ([task] if task else loaded["tasks"]) for sample in result["samples"][one]]
+              for ours, (task, key) in tasks.items()}
+    return {ours: [mean(row["metrics"][ours] for row in samples), mean(values)] for ours, values in theirs.items()}
+
+
 def table(results: dict) -> str:
-    lines = ["| benchmark | documents | ours, documents/s | against | its documents/s | times as fast | largest difference |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| benchmark | documents | ours, documents/s | against | its documents/s | times as fast | largest difference "
+             "of a log-likelihood | metrics: ours, the harness's |", "|---|---|---|---|---|---|---|---|"]
     for case in results["cases"]:
         rates = case["documents a second"]
+        metrics = "; ".join(f"{metric} {ours:.4f}, {theirs:.4f}" for metric, (ours, theirs) in
+                            case["metrics, ours and the harness's"].items())
         lines += [f"| {case['benchmark']}, {case['shots']}-shot | {case['documents']} x {case['rounds']} | {rates['ours']} "
-                  f"| {side} | {rates[side]} | {ratio} | {case['largest difference']:.1e} |"
+                  f"| {side} | {rates[side]} | {ratio} | {case['largest difference']:.1e} | {metrics} |"
                   for side, ratio in case["times as fast"].items()]
     return f"{results['model']}, {results['machine']}, {results['versions']}\n\n" + "\n".join(lines) + "\n"
 

@@ -282,7 +282,7 @@ def start(argv) -> subprocess.Popen:
 def test_a_run_killed_again_and_again_ends_with_the_same_files(command):
     """20 seeded moments, mostly SIGKILL, also SIGTERM and Ctrl-C; the reference run is never disturbed."""
     argv, out = command
-    argv = [*argv, "--method=s3ft", "--steps=200", "--eval-every=3"]
+    argv = [*argv, "--method=s3ft", "--steps=400", "--eval-every=3"]
     s3ft.main(argv)
     expected = snapshot(out)
     moved = out.with_name("reference")
@@ -299,7 +299,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_files(command):
         before, deadline = stamps(out), time.monotonic() + 120
         while stamps(out) == before and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)  # until it is at work: the imports take longer than the rest
-        time.sleep(rng.uniform(0, 1))
+        time.sleep(rng.uniform(0, 0.5))
         process.send_signal(end)
         process.communicate(timeout=60)
         assert process.returncode in (-end, 130), "the run had ended before the signal came: make it longer"
