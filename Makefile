@@ -14,7 +14,7 @@ SMOL    := models/SmolLM2-135M-Instruct
 .PHONY: help demo test gsm8k mbpp nq bench bench-eval bench-judge bench-memory fuzz clean
 
 help:
-	@echo "make demo    S3FT and SFT on a small real model and 60 own-written passages: about 10 minutes on 2 CPU cores"
+	@echo "make demo    S3FT and SFT on a small real model and 60 own-written passages: about 8 minutes on 2 CPU cores"
 	@echo "make test    set up and run the tests: under 10 minutes on 2 CPU cores"
 	@echo "make gsm8k   the paper's run: predictions, paraphrases, training, evaluation (also: make mbpp, make nq)"
 	@echo "make bench, make bench-eval, make bench-judge    speed beside transformers, peft, trl and lm-evaluation-harness"

@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+import warnings
 from decimal import Decimal
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100_000, help="in all (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args()
+    warnings.simplefilter("ignore", SyntaxWarning)  # of random text that is parsed as Python
     share = -(-args.cases // len(READERS))
     for reader in READERS:
         start, count = time.monotonic(), fuzz(reader, share, args.seed)

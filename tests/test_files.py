@@ -90,3 +90,10 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         files.exit_cleanly(lambda: 1 / 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always-full device")
+def test_a_row_that_a_full_disk_did_not_take_is_an_error(capsys):
+    with pytest.raises(SystemExit) as end:
+        files.exit_cleanly(lambda: files.append_jsonl("/dev/full", {"id": "a", "response": "x" * 9000}))
+    assert end.value.code == 1 and "No space left on device" in capsys.readouterr().err
