@@ -1,0 +1,257 @@
+"""Does the claim hold on a small open model? Every method and seed on XQuAD reading comprehension, in one run folder.
+
+    python bench/study.py --xquad data/xquad/xquad.en.json --data data --out runs/study     trains, evaluates, writes the report
+    python bench/study.py --report-only                                                     the report from docs/study/ alone
+
+Rows: XQuAD's English articles; train, validation and test apart by article, a quarter of the questions made unanswerable by a
+context of another article. Judge: every word of the gold in at most 50 words, or abstention. The report is docs/study.md, made
+from docs/study/results.json and nothing else; what an earlier call finished is not made again.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import BENCHMARKS, paired_interval  # noqa: E402
+from data import Example, pair_unanswerable, read_squad  # noqa: E402
+from files import download, exit_cleanly, read_json, read_jsonl, write_json, write_jsonl, write_text  # noqa: E402
+from report import (  # noqa: E402
+    PAPER_ACCURACY, PAPER_BENCHMARKS, PAPER_SOURCES, SOURCES, log_probability_section, markdown_table)
+
+XQUAD = "https://raw.githubusercontent.com/google-deepmind/xquad/master/xquad.en.json"
+SHARES = {"train": 0.5, "val": 0.125, "test": 0.375}  # of the articles
+METHODS = ["sft", "sdft", "ssr", "s3ft", "rft"]
+LIMITS = {"mmlu": 4, "truthfulqa,hellaswag,winogrande": 200}  # first documents; of MMLU, of each of the 57 subjects
+
+
+# ------------------------------------------------------------------------------------------------ the runs
+
+
+def make_rows(source: Path, out: Path, sizes: dict[str, int]) -> None:
+    """The files of a custom task, each a random sample of its articles' rows."""
+    download(XQUAD, source)
+    articles, start = read_squad(source), 0
+    for split, share in SHARES.items():
+        part = articles[start : start + round(share * len(articles))]
+        start += len(part)
+        rows = pair_unanswerable(part)
+        chosen = sorted(random.Random(0).sample(range(len(rows)), min(sizes[split], len(rows))))
+        write_jsonl(out / f"{split}.jsonl", [row_of(rows[i]) for i in chosen])
+
+
+def row_of(x: Example) -> dict:
+    return {"id": x.id, "question": x.question, "context": x.context, "unanswerable": x.unanswerable, "answer": x.answer}
+
+
+def run_all(args) -> None:
+    files = [f"--{split}-file={args.out / f'{split}.jsonl'}" for split in SHARES]
+    for seed in range(args.seeds):
+        for method in args.methods.split():
+            run("s3ft.py", "--task=custom", "--judge=recall", *files, f"--method={method}", f"--name={method}-{seed}",
+                f"--seed={seed}", f"--model={args.model}", f"--out={args.out}", f"--steps={args.steps}",
+                f"--eval-every={args.eval_every}", f"--lr={args.lr}", "--share-prefix")
+    for names, limit in LIMITS.items():
+        run("evaluate.py", f"--out={args.out}", f"--data={args.data}", f"--benchmarks={names}", f"--limit={limit}")
+
+
+def run(script: str, *flags: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / script), *flags])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def collect(args) -> dict:
+    """What the report needs, small enough to keep: results.json, row by row verdicts and metrics, learning curves."""
+    results = read_json(args.out / "results.json")
+    results["settings"] = {name: getattr(args, name) for name in ("steps", "eval_every", "lr", "seeds")} | {
+        split: len(read_jsonl(args.out / f"{split}.jsonl")) for split in SHARES}
+    for name, model in results["models"].items():
+        order = [row["id"] for row in read_jsonl(args.out / "test.jsonl")]
+        verdicts = {row["id"]: bool(row["accepted"]) for row in read_jsonl(args.out / name / "test.judged.jsonl")}
+        model["verdicts"] = "".join("01"[verdicts[x]] for x in order)
+        samples = read_jsonl(args.out / name / "benchmarks" / "samples.jsonl")
+        model["documents"] = {benchmark: [round(row["metrics"][BENCHMARKS[benchmark].headline], 4) for row in samples
+                                          if row["benchmark"] == benchmark] for benchmark in BENCHMARKS}
+        model.pop("benchmarks", None)
+        if name != "base":
+            model["curve"] = read_jsonl(args.out / name / "log.jsonl")
+    return results
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def seeds_of(results: dict) -> dict[str, list[dict]]:
+    """method -> its models, one a seed."""
+    found: dict[str, list[dict]] = {}
+    for name, model in results["models"].items():
+        found.setdefault(name.rpartition("-")[0] or name, []).append(model)
+    return {name: found[name] for name in ["base", *METHODS] if name in found}
+
+
+def row_means(models: list[dict], what) -> list[float]:
+    """Each row's (or document's) mean over the seeds."""
+    return [mean(values) for values in zip(*map(what, models), strict=True)]
+
+
+def verdicts(model: dict) -> list[float]:
+    return [float(mark) for mark in model["verdicts"]]
+
+
+def difference(ours: list[float], theirs: list[float]) -> str:
+    """Points of difference over the same rows, with the 95 % interval over rows; * where that leaves out zero."""
+    found = paired_interval([100 * (a - b) for a, b in zip(ours, theirs, strict=True)])
+    low, high = found["interval"]
+    return f"{found['drop']:+.1f} ({low:+.1f} to {high:+.1f}){'' if low <= 0 <= high else ' *'}"
+
+
+def numbers(models: list[dict], what, digits: int = 1) -> str:
+    """Mean over the seeds, and each seed's value."""
+    values = [what(model) for model in models]
+    every = f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{every}"
+
+
+def accuracy_table(methods: dict) -> str:
+    rows = []
+    base, sft = row_means(methods["base"], verdicts), row_means(methods["sft"], verdicts)
+    for name, models in methods.items():
+        own = row_means(models, verdicts)
+        rows.append([name, numbers(models, lambda m: 100 * m["accuracy"]), "" if name == "base" else difference(own, base),
+                     "" if name == "sft" else difference(own, sft),
+                     *("" if name == "base" else numbers(models, lambda m, kind=kind: m["drift"][kind], 3)
+                       for kind in ("general", "task")),
+                     "" if name == "base" else numbers(models, lambda m: m["training"]["minutes"])])
+    return markdown_table(["method", "accuracy % (each seed)", "against base", "against SFT", "drift, general", "drift, task",
+                           "training, minutes"], rows)
+
+
+def reading_table(methods: dict) -> str:
+    columns = [("answerable", "exact"), ("answerable", "f1"), ("answerable", "recall"), ("unanswerable", "recall"),
+               ("all", "exact"), ("all", "f1"), ("all", "modified_recall")]
+    rows = [[name, *(f"{100 * mean(m['reading'][group][metric] for m in models):.1f}" for group, metric in columns),
+             f"{mean(m['reading']['answerable']['words'] for m in models):.1f}"] for name, models in methods.items()]
+    header = [f"{group}: {metric.replace('_', ' ')} %" for group, metric in columns]
+    return markdown_table(["method", *header, "words an answer"], rows)
+
+
+def sources_table(methods: dict) -> str:
+    rows = []
+    for name, models in methods.items():
+        if name != "base":
+            sources = models[0]["training"]["sources"]
+            n = sum(sources.values())
+            rows.append([name, str(n), *(f"{100 * sources[source] / n:.1f}" for source in SOURCES)])
+    rows += [[f"s3ft in the paper, {task}", "", *map(str, shares)] for task, shares in PAPER_SOURCES.items()]
+    return markdown_table(["method", "rows", "model responses %", "gold paraphrases %", "gold responses %"], rows)
+
+
+def retained(model: dict) -> float:
+    return mean(100 * mean(values) for values in model["documents"].values())
+
+
+def benchmarks_table(methods: dict) -> str:
+    names, rows = list(BENCHMARKS), []
+    for name, models in methods.items():
+        cells = [numbers(models, lambda m, b=b: 100 * mean(m["documents"][b])) for b in names]
+        base = methods["base"]
+        drops = "" if name == "base" else "; ".join(
+            difference(*(row_means(side, lambda m, b=b: m["documents"][b]) for side in (models, base))) for b in names)
+        rows.append([name, *cells, f"{mean(map(retained, models)):.2f}", drops])
+    for task, table in PAPER_BENCHMARKS.items():
+        rows += [[f"{method} in the paper, {task}", *map(str, values), ""] for method, values in table.items()]
+    return markdown_table(["method", *names, "average", "against base, in the same order"], rows)
+
+
+def paper_accuracy_table() -> str:
+    methods = ["base", "sft", "sdft", "s3ft"]
+    return markdown_table(["in the paper (Mistral-7B)", *methods],
+                          [[task, *(str(row[method]) for method in methods)] for task, row in PAPER_ACCURACY.items()])
+
+
+def draw(methods: dict, folder: Path) -> None:
+    """trade-off.svg: accuracy against what was retained, a point a seed; curves.svg: loss and validation by step."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "s3ft"
+    from matplotlib import pyplot
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name, models in methods.items():
+        axes.scatter([retained(m) for m in models], [100 * m["accuracy"] for m in models], label=name, s=40)
+    axes.set(xlabel="mean of the four general benchmarks, %", ylabel="accuracy on the task, %")
+    axes.legend()
+    figure.savefig(folder / "trade-off.svg", metadata={"Date": None})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for i, (name, models) in enumerate(methods.items()):
+        for model in models if name != "base" else ():
+            for axes, field in ((left, "loss"), (right, "validation")):
+                points = [(row["step"], row[field]) for row in model["curve"] if field in row]
+                axes.plot(*zip(*points, strict=True), color=f"C{i}", alpha=0.7, label=name if model is models[0] else None)
+    left.set(xlabel="step", ylabel="training loss, nats a token")
+    right.set(xlabel="step", ylabel="validation accuracy")
+    right.legend()
+    figure.savefig(folder / "curves.svg", metadata={"Date": None})
+
+
+def report(results: dict, folder: Path) -> str:
+    """The text of study.md; Fig. 2 is drawn into `folder`."""
+    methods, machine, settings = seeds_of(results), results["machine"], results["settings"]
+    log_probabilities = log_probability_section(results["log_probabilities"], folder)
+    documents = ", ".join(f"{name} {len(values)}" for name, values in methods["base"][0]["documents"].items())
+    return "\n\n".join([
+        "# Study: XQuAD reading comprehension",
+        f"Made by `make study` and `make study-report`. {results['config']['model']}, {machine['date']}, {machine['device']}, "
+        f"torch {machine['torch']}. {settings['train']} training, {settings['val']} validation, {settings['test']} test rows, "
+        f"apart by article, a quarter of them unanswerable; seeds 0 to {settings['seeds'] - 1} (order of rows, LoRA's start, "
+        f"dropout); rank 8, alpha 16, dropout 0.1 on q_proj, v_proj as in the paper; {settings['steps']} steps of 8 rows at a "
+        f"peak rate of {settings['lr']:g}; the checkpoint with the best validation accuracy (every {settings['eval_every']} "
+        "steps). "
+        "Judge: every word of the gold in at most 50 words, or abstention where there is no answer.",
+        "A difference is the mean over the same rows, each averaged over the seeds, with the normal 95 % interval over rows; * "
+        "marks one that leaves out zero. It speaks for these seeds; how much a seed matters is seen in the values of each.",
+        "## Accuracy (Table 2) and drift", accuracy_table(methods), paper_accuracy_table(),
+        "![accuracy against general benchmarks](study/trade-off.svg)",
+        "## What the judge's choice does", reading_table(methods),
+        "## Where the training targets come from (Table 3)", sources_table(methods),
+        "## General benchmarks (Table 4)", f"Documents: {documents} (the first of each; MMLU: of each subject).",
+        benchmarks_table(methods),
+        "## Learning curves", "![loss and validation](study/curves.svg)",
+        *(part.replace("(figures/", "(study/figures/") for part in log_probabilities),
+    ]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report-only", action="store_true", help="write docs/study.md from docs/study/results.json")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="for study.md and study/ (%(default)s)")
+    parser.add_argument("--xquad", type=Path, default=Path("data/xquad/xquad.en.json"), help="(%(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the general benchmarks (%(default)s)")
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="the run folder (%(default)s)")
+    parser.add_argument("--methods", default=" ".join(METHODS), help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=24, help="(%(default)s)")
+    parser.add_argument("--eval-every", type=int, default=12, help="(%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="ten times the paper's, for a two-hundredth of its steps")
+    for split, size in (("train", 192), ("val", 48), ("test", 192)):
+        parser.add_argument(f"--{split}", type=int, default=size, help="rows (%(default)s)")
+    args = parser.parse_args()
+    kept = args.docs / "study" / "results.json"
+    if not args.report_only:
+        make_rows(args.xquad, args.out, {split: getattr(args, split) for split in SHARES})
+        run_all(args)
+        write_json(kept, collect(args))
+    results = read_json(kept)
+    draw(seeds_of(results), kept.parent)
+    write_text(args.docs / "study.md", report(results, kept.parent))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

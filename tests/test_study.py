@@ -1,0 +1,38 @@
+"""The study's report: differences by hand, and docs/study.md against the figures that it was made from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import study
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_a_difference_is_paired_over_rows_and_averaged_over_seeds():
+    """Rows 1 1 0 0 and 1 0 0 0 of two seeds against 0 0 0 0: means 1, 1/2, 0, 0; mean 37.5, standard error 23.9 points."""
+    models = [{"verdicts": "1100"}, {"verdicts": "1000"}]
+    assert study.row_means(models, study.verdicts) == [1.0, 0.5, 0.0, 0.0]
+    assert study.difference(study.row_means(models, study.verdicts), [0.0] * 4) == "+37.5 (-9.4 to +84.4)"
+    assert study.difference([1.0] * 9 + [0.0], [0.0] * 10).endswith(" *")
+
+
+def test_splits_share_no_article_and_a_quarter_has_no_answer(tmp_path):
+    articles = [{"title": f"t{a}", "paragraphs": [{"context": f"Text {a}.", "qas": [
+        {"id": f"{a}-{q}", "question": f"What {a} {q}?", "answers": [{"text": f"Text {a}", "answer_start": 0}]}
+        for q in range(8)]}]} for a in range(8)]
+    (tmp_path / "xquad.json").write_text(json.dumps({"version": "1.1", "data": articles}))
+    study.make_rows(tmp_path / "xquad.json", tmp_path, {"train": 99, "val": 99, "test": 5})
+    rows = {split: [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+            for split in study.SHARES}
+    assert [len(found) for found in rows.values()] == [32, 8, 5]
+    owners = [{row["id"].split("-")[0] for row in found} for found in rows.values()]
+    assert not owners[0] & owners[1] and not owners[0] & owners[2] and not owners[1] & owners[2]
+    assert sum(row["unanswerable"] for row in rows["train"]) == 8
+
+
+@pytest.mark.skipif(not (DOCS / "study.md").exists(), reason="the study has not been run yet")
+def test_the_report_holds_only_what_its_results_hold(tmp_path):
+    results = json.loads((DOCS / "study" / "results.json").read_text())
+    assert study.report(results, tmp_path) == (DOCS / "study.md").read_text()
