@@ -275,8 +275,13 @@ def stamps(folder: Path) -> set:
 
 def start(argv) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "s3ft.py", *argv], cwd=ROOT, env=env,
+    return subprocess.Popen([sys.executable, "s3ft.py", *argv], cwd=ROOT, env=env, preexec_fn=heed_ctrl_c,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def heed_ctrl_c():
+    """A shell starts what it puts in the background, these tests perhaps, deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_files(command):
