@@ -1,6 +1,6 @@
 """The GPU memory that a run needs, by formula, with the activations measured: no GPU is needed for it.
 
-    training   = weights + adapter + tokens of a micro-batch * activations + its target tokens * logits
+    training   = weights + adapter + tokens of a micro-batch * activations + logits of one chunk of targets
     generation = weights + slots * longest row * keys and values          (slots: as many as 80 % of what is free holds)
 
 What a layer keeps for its backward pass is counted here, by autograd's own hooks, on one and on two layers of the model's true
@@ -21,15 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lora  # noqa: E402
-import model as model_module  # noqa: E402,F401  registers the attention that packed rows use
 from files import exit_cleanly, write_json, write_text  # noqa: E402
+from model import HeadLoss  # noqa: E402
 from s3ft import Loss  # noqa: E402
 
 GIB = 2**30
 RESERVE = 2  # GiB
 SHAPES = {"mistral-7b": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                              num_attention_heads=32, num_key_value_heads=8, sliding_window=None)}
-ROW, TARGETS = 280, 120  # tokens of a GSM8K row, and of its response
+ROW = 280  # tokens of a GSM8K row
 LONGEST = 768  # prompt and response at most
 
 
@@ -74,16 +74,16 @@ def budget(config, targets: list[str], tokens: int) -> dict:
         "adapter": 16 * sum(p.numel() for p in lora.parameters(net)),  # float32: itself, gradient, two moments
         "activations a token": layer[False] * config.num_hidden_layers,
         "activations a token, checkpointing": layer[True] * config.num_hidden_layers + layer[False],  # and one layer's anew
-        "logits a target": 16 * config.vocab_size,  # bfloat16 and float32, each with its gradient, and the softmax
+        "logits of a chunk": 12 * HeadLoss.CHUNK * config.vocab_size,  # bfloat16 and float32, softmax in both
         "keys and values a token": 4 * config.num_hidden_layers * config.num_key_value_heads * head,
     }
 
 
 def rows_that_fit(terms: dict, card: int, checkpointing: bool) -> int:
     """The largest --micro-batch of GSM8K rows."""
-    free = (card - RESERVE) * GIB - terms["weights"] - terms["adapter"]
+    free = (card - RESERVE) * GIB - terms["weights"] - terms["adapter"] - terms["logits of a chunk"]
     a_token = terms["activations a token" + (", checkpointing" if checkpointing else "")]
-    return max(0, int(free / (ROW * a_token + TARGETS * terms["logits a target"])))
+    return max(0, int(free / (ROW * a_token)))
 
 
 def slots_that_fit(terms: dict, card: int) -> int:
