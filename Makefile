@@ -11,13 +11,13 @@ PY      := $(VENV)/bin/python
 BENCH   := .venv-bench
 SMOL    := models/SmolLM2-135M-Instruct
 .DEFAULT_GOAL := help
-.PHONY: help demo test gsm8k mbpp nq bench bench-eval bench-judge bench-memory fuzz study study-report clean
+.PHONY: help demo test gsm8k mbpp nq bench bench-eval bench-judge bench-memory bench-gpu fuzz study study-report clean
 
 help:
 	@echo "make demo    S3FT and SFT on a small real model and 60 own-written passages: about 8 minutes on 2 CPU cores"
 	@echo "make test    set up and run the tests: under 10 minutes on 2 CPU cores"
 	@echo "make gsm8k   the paper's run: predictions, paraphrases, training, evaluation (also: make mbpp, make nq)"
-	@echo "make bench, make bench-eval, make bench-judge    speed beside transformers, peft, trl and lm-evaluation-harness"
+	@echo "make bench, bench-eval, bench-judge, bench-gpu    speed beside transformers, peft, trl and lm-evaluation-harness"
 	@echo "make study   does the claim hold? every method, three seeds, on XQuAD: about two hours on 2 CPU cores"
 	@echo "make fuzz    100,000 random texts into everything that reads what a model or a person wrote"
 	@echo ""
@@ -80,6 +80,10 @@ bench-judge: $(VENV)/ready
 
 bench-memory: $(VENV)/ready
 	$(PY) bench/memory.py --out docs $(FLAGS)
+
+# On a GPU: a Mistral-7B-shaped model with random weights. Without one a tiny shape, and no figure.
+bench-gpu: $(VENV)/ready
+	$(PY) bench/gpu.py --out docs $(FLAGS)
 
 fuzz: $(VENV)/ready-dev
 	$(PY) tests/fuzz.py $(FLAGS)

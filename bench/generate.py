@@ -1,9 +1,9 @@
 """Seconds of our greedy decoding and of transformers' `generate` on the same prompts, beside what this machine could do.
 
-The sides take turns in one process, `--rounds` times; the medians are compared. The peer gets padded batches of 32 in the
-order of the data set. With one thread CPU seconds are counted (a busy machine changes little), else wall time.
-The limit is the model's matrix products alone, at their measured rate: 512 rows at a time for prompt tokens, 64 for
-generated ones; no attention, no padding. Once for every prompt token, and once without what prompts share.
+The sides take turns in one process, `--rounds` times (continuous batching, the slowest here, once); the medians are compared.
+The peers get 32 rows at a time in the order of the data set. With one thread CPU seconds are counted (a busy machine changes
+little), else wall time. The limit is the model's matrix products alone, at their measured rate: 512 rows at a time for prompt
+tokens, 64 for generated ones; no attention, no padding. Once for every prompt token, and once without what prompts share.
 
     python bench/generate.py --model models/SmolLM2-135M-Instruct --gsm8k data/gsm8k/train.jsonl --out runs/bench
 """
@@ -27,7 +27,8 @@ from generate import generate  # noqa: E402
 from model import best_device  # noqa: E402
 from records import Example  # noqa: E402
 
-BATCH = 32  # of the peer
+BATCH = 32  # of the peers
+PAGE = 16  # tokens of a page in continuous batching
 
 
 def workloads(args) -> dict[str, tuple[str, list[Example], int]]:
@@ -60,7 +61,21 @@ def peer(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]
     return found
 
 
-SIDES = {"ours": ours, "transformers generate, batch 32": peer}
+@torch.no_grad()
+def continuous(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """transformers' continuous batching, with pages for 32 rows (its own choice is all free memory)."""
+    end = tokenizer.eos_token_id
+    config = GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=False, max_new_tokens=new)
+    rows = BATCH * -(-(max(map(len, prompts)) + new) // PAGE)
+    pages = transformers.ContinuousBatchingConfig(page_size=PAGE, num_blocks=rows, max_batch_tokens=512)
+    found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=pages, warmup=False)
+    return [output.generated_tokens for output in found.values()]
+
+
+PEER, CONTINUOUS = "transformers generate, batch 32", "transformers continuous batching, 32 rows"
+SIDES = {"ours": ours, PEER: peer}
+if hasattr(transformers, "ContinuousBatchingConfig"):  # else another version has it, under other names
+    SIDES[CONTINUOUS] = continuous
 
 
 def counts_cpu() -> bool:
@@ -101,20 +116,22 @@ def measure(model, tokenizer, template: str, rows: list[Example], new: int, roun
     prompts = [chat_ids(tokenizer, prompt(template, row)) for row in rows]
     read, write = row_seconds(model, 512, head=False), row_seconds(model, 64, head=True)
     times, answers = {name: [] for name in SIDES}, {}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, side in SIDES.items():
+            if number and name == CONTINUOUS:
+                continue
             start = clock()
             answers[name] = side(model, tokenizer, prompts, new)
             times[name].append(clock() - start)
     seconds = {name: statistics.median(spent) for name, spent in times.items()}
     generated, prompt_tokens = sum(map(len, answers["ours"])), sum(map(len, prompts))
-    differ = sum(a != b for a, b in zip(*answers.values(), strict=True))
+    differ = {name: sum(a != b for a, b in zip(answers["ours"], found, strict=True)) for name, found in answers.items()}
     floor = generated * write
     return {
         "prompts": len(prompts), "prompt tokens": prompt_tokens, "distinct": distinct(prompts), "generated": generated,
         "seconds": seconds, "rounds": times, "answers that differ": differ,
         "tokens a second": {name: generated / spent for name, spent in seconds.items()},
-        "ratio": seconds["transformers generate, batch 32"] / seconds["ours"],
+        "ratio": seconds[PEER] / seconds["ours"],
         "limit": {"every prompt token": floor + prompt_tokens * read, "shared once": floor + distinct(prompts) * read},
         "GFLOP/s": {"512 rows": flops(model, head=False) / read / 1e9, "64 rows": flops(model, head=True) / write / 1e9},
     }
@@ -129,14 +146,14 @@ def flops(model, head: bool) -> int:
 def table(results: dict) -> str:
     lines = [f"{results['model']}, {results['machine']}, {results['clock']} seconds, medians of {results['rounds']}", "",
              "| workload | prompts, tokens in (distinct), out | side | seconds | tok/s | times as fast | % of limit | "
-             "% of limit, shared once | answers that differ |", "|---|---|---|---|---|---|---|---|---|"]
+             "% of limit, shared once | answers that differ from ours |", "|---|---|---|---|---|---|---|---|---|"]
     for name, case in results["workloads"].items():
         size = f"{case['prompts']}, {case['prompt tokens']} ({case['distinct']}), {case['generated']}"
         for side, spent in case["seconds"].items():
             percent = [f"{100 * limit / spent:.0f}" for limit in case["limit"].values()]
             lines.append(f"| {name} | {size} | {side} | {spent:.1f} | {case['tokens a second'][side]:.1f} | "
-                         f"{case['seconds']['transformers generate, batch 32'] / spent:.2f} | {' | '.join(percent)} | "
-                         f"{case['answers that differ']} |")
+                         f"{case['seconds'][PEER] / spent:.2f} | {' | '.join(percent)} | "
+                         f"{case['answers that differ'][side]} |")
         rates = ", ".join(f"{rate:.0f} GFLOP/s at {rows}" for rows, rate in case["GFLOP/s"].items())
         lines.append(f"| {name} | | measured matrix products | | | | {rates} | | |")
     return "\n".join(lines) + "\n"

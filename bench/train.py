@@ -41,7 +41,10 @@ SIDES = {"ours": (), "ours, prefix shared": (), "peft, plain loop": ("peft",), "
 
 def encoded_rows(tokenizer, args) -> list:
     task = TASKS["reading"]
-    rows = [row for article in read_squad(args.xquad) for row in article][:: args.stride][: BATCH * (args.steps + 1)]
+    every, needed = [row for article in read_squad(args.xquad) for row in article][:: args.stride], BATCH * (args.steps + 1)
+    if len(every) < needed:
+        sys.exit(f"{args.xquad}: {len(every)} rows after --stride {args.stride}, {needed} needed: lower --steps or --stride")
+    rows = every[:needed]
     return [training_ids(tokenizer, prompt(task.train, row), task.gold(row)) for row in rows]
 
 
@@ -112,7 +115,7 @@ def trl_trainer(args) -> float:
     config = SFTConfig(output_dir=os.devnull, per_device_train_batch_size=BATCH, max_steps=args.steps + 1, learning_rate=RATE,
                        weight_decay=0.0, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
                        max_length=None, completion_only_loss=True, gradient_checkpointing=False,
-                       bf16=args.dtype == "bfloat16", shuffle_dataset=False, use_cpu=args.device == "cpu")
+                       bf16=args.dtype == "bfloat16", train_sampling_strategy="sequential", use_cpu=args.device == "cpu")
 
     class Clock(transformers.TrainerCallback):
         first = last = None
