@@ -27,7 +27,7 @@ from report import (  # noqa: E402
 XQUAD = "https://raw.githubusercontent.com/google-deepmind/xquad/master/xquad.en.json"
 SHARES = {"train": 0.5, "val": 0.125, "test": 0.375}  # of the articles
 METHODS = ["sft", "sdft", "ssr", "s3ft", "rft"]
-LIMITS = {"mmlu": 4, "truthfulqa,hellaswag,winogrande": 200}  # first documents; of MMLU, of each of the 57 subjects
+LIMITS = {"mmlu": 2, "truthfulqa,hellaswag,winogrande": 100}  # first documents; of MMLU, of each of the 57 subjects
 
 
 # ------------------------------------------------------------------------------------------------ the runs
@@ -237,10 +237,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="the run folder (%(default)s)")
     parser.add_argument("--methods", default=" ".join(METHODS), help="(%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=24, help="(%(default)s)")
-    parser.add_argument("--eval-every", type=int, default=12, help="(%(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="ten times the paper's, for a two-hundredth of its steps")
-    for split, size in (("train", 192), ("val", 48), ("test", 192)):
+    parser.add_argument("--steps", type=int, default=20, help="(%(default)s)")
+    parser.add_argument("--eval-every", type=int, default=10, help="(%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="ten times the paper's, for a 250th of its steps")
+    for split, size in (("train", 160), ("val", 40), ("test", 144)):
         parser.add_argument(f"--{split}", type=int, default=size, help="rows (%(default)s)")
     args = parser.parse_args()
     kept = args.docs / "study" / "results.json"
