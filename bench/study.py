@@ -9,6 +9,7 @@ from docs/study/results.json and nothing else; what an earlier call finished is 
 """
 
 import argparse
+import math
 import random
 import subprocess
 import sys
@@ -100,6 +101,10 @@ def row_means(models: list[dict], what) -> list[float]:
     return [mean(values) for values in zip(*map(what, models), strict=True)]
 
 
+def documents(models: list[dict], benchmark: str) -> list[float]:
+    return row_means(models, lambda m: m["documents"][benchmark])
+
+
 def verdicts(model: dict) -> list[float]:
     return [float(mark) for mark in model["verdicts"]]
 
@@ -107,8 +112,20 @@ def verdicts(model: dict) -> list[float]:
 def difference(ours: list[float], theirs: list[float]) -> str:
     """Points of difference over the same rows, with the 95 % interval over rows; * where that leaves out zero."""
     found = paired_interval([100 * (a - b) for a, b in zip(ours, theirs, strict=True)])
-    low, high = found["interval"]
-    return f"{found['drop']:+.1f} ({low:+.1f} to {high:+.1f}){'' if low <= 0 <= high else ' *'}"
+    return marked(found["drop"], found["interval"][1] - found["drop"])
+
+
+def marked(center: float, half: float) -> str:
+    low, high = center - half, center + half
+    return f"{center:+.1f} ({low:+.1f} to {high:+.1f}){'' if low <= 0 <= high else ' *'}"
+
+
+def average_difference(models: list[dict], others: list[dict]) -> str:
+    """The same for the mean of the four benchmarks, whose documents are independent: the variances add up."""
+    found = [paired_interval([100 * (a - b) for a, b in zip(documents(models, name), documents(others, name), strict=True)])
+             for name in BENCHMARKS]
+    halves = [x["interval"][1] - x["drop"] for x in found]
+    return marked(mean(x["drop"] for x in found), math.hypot(*halves) / len(found))
 
 
 def numbers(models: list[dict], what, digits: int = 1) -> str:
@@ -157,16 +174,16 @@ def retained(model: dict) -> float:
 
 
 def benchmarks_table(methods: dict) -> str:
-    names, rows = list(BENCHMARKS), []
+    names, base, rows = list(BENCHMARKS), methods["base"], []
     for name, models in methods.items():
         cells = [numbers(models, lambda m, b=b: 100 * mean(m["documents"][b])) for b in names]
-        base = methods["base"]
-        drops = "" if name == "base" else "; ".join(
-            difference(*(row_means(side, lambda m, b=b: m["documents"][b]) for side in (models, base))) for b in names)
-        rows.append([name, *cells, f"{mean(map(retained, models)):.2f}", drops])
+        drops = ["" if name == side else average_difference(models, methods[side]) for side in ("base", "sft")]
+        each = "" if name == "base" else "; ".join(difference(documents(models, b), documents(base, b)) for b in names)
+        rows.append([name, *cells, numbers(models, retained), *drops, each])
     for task, table in PAPER_BENCHMARKS.items():
-        rows += [[f"{method} in the paper, {task}", *map(str, values), ""] for method, values in table.items()]
-    return markdown_table(["method", *names, "average", "against base, in the same order"], rows)
+        rows += [[f"{method} in the paper, {task}", *map(str, values), "", "", ""] for method, values in table.items()]
+    return markdown_table(["method", *names, "average", "average against base", "average against SFT",
+                           "each against base, in the same order"], rows)
 
 
 def paper_accuracy_table() -> str:

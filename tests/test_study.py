@@ -18,6 +18,14 @@ def test_a_difference_is_paired_over_rows_and_averaged_over_seeds():
     assert study.difference([1.0] * 9 + [0.0], [0.0] * 10).endswith(" *")
 
 
+def test_the_average_of_benchmarks_weighs_each_the_same_and_adds_variances():
+    """Differences 100 0, 0 0 0, 0 0, 0 0: means 50 0 0 0; the first one's half-width 1.96 * 70.71 / sqrt 2 = 98 over four."""
+    sizes = dict(zip(study.BENCHMARKS, (2, 3, 2, 2), strict=True))
+    base = [{"documents": {name: [0.0] * n for name, n in sizes.items()}}]
+    tuned = [{"documents": {name: [1.0 if name == "mmlu" and i == 0 else 0.0 for i in range(n)] for name, n in sizes.items()}}]
+    assert study.average_difference(tuned, base) == "+12.5 (-12.0 to +37.0)"
+
+
 def test_splits_share_no_article_and_a_quarter_has_no_answer(tmp_path):
     articles = [{"title": f"t{a}", "paragraphs": [{"context": f"Text {a}.", "qas": [
         {"id": f"{a}-{q}", "question": f"What {a} {q}?", "answers": [{"text": f"Text {a}", "answer_start": 0}]}
