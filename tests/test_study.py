@@ -26,6 +26,15 @@ def test_the_average_of_benchmarks_weighs_each_the_same_and_adds_variances():
     assert study.average_difference(tuned, base) == "+12.5 (-12.0 to +37.0)"
 
 
+def test_a_changed_setting_stands_beside_the_plain_run():
+    drift = {"general": 0.01, "task": 0.2}
+    plain = {"accuracy": 0.5, "verdicts": "1100", "drift": drift}
+    changed = {"accuracy": 0.75, "verdicts": "1110", "drift": drift}
+    lines = study.choices_table({"models": {"s3ft-0": plain}, "choices": {"all linear layers": changed}}).splitlines()
+    assert lines[2:] == ["| as above | 50.0 |  | 0.010 | 0.200 |",
+                         "| all linear layers | 75.0 | +25.0 (-24.0 to +74.0) | 0.010 | 0.200 |"]
+
+
 def test_splits_share_no_article_and_a_quarter_has_no_answer(tmp_path):
     articles = [{"title": f"t{a}", "paragraphs": [{"context": f"Text {a}.", "qas": [
         {"id": f"{a}-{q}", "question": f"What {a} {q}?", "answers": [{"text": f"Text {a}", "answer_start": 0}]}
