@@ -34,11 +34,17 @@ PAGE = 16  # tokens of a page in continuous batching
 def workloads(args) -> dict[str, tuple[str, list[Example], int]]:
     """name -> (prompt template, rows, new tokens at most)"""
     reading = [row for article in read_squad(args.xquad) for row in article]
-    found = {"reading": (TASKS["reading"].predict, reading[: args.reading], args.reading_tokens)}
+    template, n = TASKS["reading"].predict, args.reading
+    found = {"reading, every question of a passage": (template, reading[:n], args.reading_tokens),
+             "reading, one question a passage": (template, one_a_passage(reading)[:n], args.reading_tokens)}
     if args.gsm8k:
         rows = [Example(str(i), row["question"], row["answer"]) for i, row in enumerate(read_jsonl(args.gsm8k))]
         found["gsm8k"] = (TASKS["gsm8k"].predict, rows[: args.problems], args.problem_tokens)
     return found
+
+
+def one_a_passage(rows: list[Example]) -> list[Example]:
+    return list({row.context: row for row in reversed(rows) if not row.unanswerable}.values())[::-1]
 
 
 def ours(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]]:
@@ -165,9 +171,9 @@ def main() -> None:
     parser.add_argument("--xquad", type=Path, default=ROOT / "examples/reading.json", help="SQuAD-format JSON (%(default)s)")
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's train.jsonl (left out: no GSM8K)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="for generate.json, generate.md (%(default)s)")
-    parser.add_argument("--reading", type=int, default=96, help="reading prompts (%(default)s)")
+    parser.add_argument("--reading", type=int, default=48, help="prompts of each of both kinds of reading (%(default)s)")
     parser.add_argument("--reading-tokens", type=int, default=96, help="new tokens at most (%(default)s)")
-    parser.add_argument("--problems", type=int, default=64, help="GSM8K prompts (%(default)s)")
+    parser.add_argument("--problems", type=int, default=48, help="GSM8K prompts (%(default)s)")
     parser.add_argument("--problem-tokens", type=int, default=256, help="new tokens at most (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="(torch's choice)")

@@ -1,9 +1,10 @@
 """Useful tokens a second and peak memory of a LoRA training step: ours, peft with a plain padded loop, trl's SFTTrainer + peft.
 
 Every side trains the same model on the same rows in the same batches, each round in a process of its own (so that its peak
-memory is its own), the sides taking turns; medians are compared. One step warms up, the others are timed. Useful tokens are the
-rows' own, without padding. The limit is the step's matrix products alone, forward and back to the inputs (frozen weights need
-no gradient), the head at target tokens only, at this machine's measured rate for 512 rows at a time.
+memory is its own), the sides taking turns; medians are compared. One step warms up, the others are timed: in CPU seconds with
+one thread, else in wall time. Useful tokens are the rows' own, without padding. The limit is the step's matrix products alone,
+forward and back to the inputs (frozen weights need no gradient), the head at target tokens only, at this machine's measured
+rate for 512 rows at a time. A shared prefix computes fewer tokens, hence no share of the limit there.
 
     python bench/train.py --model models/SmolLM2-135M-Instruct --out runs/bench
 """
@@ -14,7 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
-import time
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +28,10 @@ sys.path.insert(0, str(ROOT))
 
 import lora  # noqa: E402
 import s3ft  # noqa: E402
-from bench.generate import row_seconds  # noqa: E402
+from bench.generate import clock, row_seconds  # noqa: E402
 from data import TASKS, prompt, read_squad, training_ids  # noqa: E402
 from files import exit_cleanly, write_json, write_text  # noqa: E402
-from model import load_model, peak_memory_gib  # noqa: E402
+from model import best_device, load_model, peak_memory_gib  # noqa: E402
 
 RANK, ALPHA, DROPOUT, RATE = 8, 16, 0.1, 1e-4
 BATCH = 8
@@ -59,8 +60,8 @@ def timed(steps, rows: list) -> float:
         step(batch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        start = start or time.perf_counter()
-    return time.perf_counter() - start
+        start = start or clock()
+    return clock() - start
 
 
 def ours(args, share_prefix: bool = False) -> float:
@@ -105,14 +106,14 @@ def peft_loop(args) -> float:
     return timed([step] * len(batches(rows)), rows)
 
 
-def trl_trainer(args) -> float:
+def trl_trainer(args, folder: str) -> float:
     """SFTTrainer on the same token ids in the same order, padded: padding-free and packing need flash attention."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
     model, tokenizer = peft_model(args)
     rows = encoded_rows(tokenizer, args)
     data = Dataset.from_list([{"input_ids": ids, "completion_mask": [int(target) for target in mask]} for ids, mask in rows])
-    config = SFTConfig(output_dir=os.devnull, per_device_train_batch_size=BATCH, max_steps=args.steps + 1, learning_rate=RATE,
+    config = SFTConfig(output_dir=folder, per_device_train_batch_size=BATCH, max_steps=args.steps + 1, learning_rate=RATE,
                        weight_decay=0.0, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
                        max_length=None, completion_only_loss=True, gradient_checkpointing=False,
                        bf16=args.dtype == "bfloat16", train_sampling_strategy="sequential", use_cpu=args.device == "cpu")
@@ -121,7 +122,7 @@ def trl_trainer(args) -> float:
         first = last = None
 
         def on_step_end(self, *_, **__):
-            self.last = time.perf_counter()
+            self.last = clock()
             self.first = self.first or self.last
 
     clock = Clock()
@@ -131,9 +132,10 @@ def trl_trainer(args) -> float:
 
 def one_side(args) -> None:
     """A round of one side: its seconds and peak memory, as a line of JSON."""
-    run = {"ours": ours, "ours, prefix shared": lambda args: ours(args, True), "peft, plain loop": peft_loop,
-           "trl SFTTrainer + peft": trl_trainer}[args.side]
-    print(json.dumps({"seconds": run(args), "peak_gib": peak_memory_gib()}))
+    with tempfile.TemporaryDirectory() as folder:
+        run = {"ours": ours, "ours, prefix shared": lambda args: ours(args, True), "peft, plain loop": peft_loop,
+               "trl SFTTrainer + peft": lambda args: trl_trainer(args, folder)}[args.side]
+        print(json.dumps({"seconds": run(args), "peak_gib": peak_memory_gib()}))
 
 
 def round_of(side: str, targets: str) -> dict:
@@ -141,7 +143,7 @@ def round_of(side: str, targets: str) -> dict:
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--targets", targets]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
     if done.returncode:
-        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
+        sys.exit(f"{side}, {targets}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -157,13 +159,14 @@ def limit_seconds(args) -> tuple[float, int]:
 def table(results: dict) -> str:
     lines = [f"{results['model']}, {results['machine']}; batch {BATCH}, {results['tokens']} useful tokens, "
              f"medians of {results['rounds']}", "",
-             "| adapted | side | seconds | useful tokens/s | ours is times as fast | % of limit | peak GiB |",
+             "| adapted | side | seconds | useful tokens/s | seconds over ours | % of limit | peak GiB |",
              "|---|---|---|---|---|---|---|"]
     for targets, sides in results["cases"].items():
         for side, case in sides.items():
             spent = case["seconds"]
+            percent = "" if "shared" in side else f"{100 * results['limit'] / spent:.0f}"
             lines.append(f"| {targets} | {side} | {spent:.1f} | {results['tokens'] / spent:.0f} | "
-                         f"{spent / sides['ours']['seconds']:.2f} | {100 * results['limit'] / spent:.0f} | "
+                         f"{spent / sides['ours']['seconds']:.2f} | {percent} | "
                          f"{case['peak_gib']:.2f} |")
     return "\n".join([*lines, *(f"\nskipped: {side}, not installed" for side in results["skipped"])]) + "\n"
 
@@ -181,7 +184,7 @@ def parse():
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--targets", choices=TARGETS, help="only this choice of adapted modules")
     args = parser.parse_args()
-    args.device = s3ft.best_device()
+    args.device = best_device()
     if args.threads:
         torch.set_num_threads(args.threads)
     return args

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from bench import generate as bench_generate
 from bench import gpu
+from bench import train as bench_train
 from bench.memory import SHAPES, budget
 from files import read_json
+from records import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,3 +74,27 @@ def test_the_memory_formula_on_a_shape_that_can_be_counted_by_hand():
 def test_distinct_counts_what_prompts_share_once():
     assert bench_generate.distinct([[1, 2, 3], [1, 2, 4, 5], [7]]) == 3 + 2 + 1
     assert bench_generate.distinct([[1, 2], [1, 2]]) == 2
+
+
+def test_one_question_of_every_passage():
+    rows = [Example(str(i), f"q{i}", "a", context=f"c{i // 3}", unanswerable=i == 0) for i in range(9)]
+    assert [row.id for row in bench_generate.one_a_passage(rows)] == ["1", "3", "6"]
+
+
+def test_generation_beside_transformers_gives_the_same_answers(tiny, tmp_path):
+    flags = [f"--model={tiny}", "--reading=4", "--reading-tokens=3", "--rounds=1", "--threads=1", f"--out={tmp_path}"]
+    done = subprocess.run([sys.executable, str(ROOT / "bench/generate.py"), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for case in read_json(tmp_path / "generate.json")["workloads"].values():
+        assert case["prompts"] == 4
+        assert case["answers that differ"][bench_generate.PEER] == 0
+
+
+def test_training_beside_peft(tiny, tmp_path):
+    """The script from end to end; what is not installed is skipped by name."""
+    flags = [f"--model={tiny}", "--steps=1", "--rounds=1", "--threads=1", "--targets=q,v", f"--out={tmp_path}"]
+    done = subprocess.run([sys.executable, str(ROOT / "bench/train.py"), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = read_json(tmp_path / "train.json")
+    assert {"ours", "ours, prefix shared", "peft, plain loop"} <= set(results["cases"]["q,v"])
+    assert set(results["cases"]["q,v"]) | set(results["skipped"]) == set(bench_train.SIDES)
