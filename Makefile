@@ -96,5 +96,6 @@ study: $(VENV)/ready $(SMOL)/config.json
 study-report: $(VENV)/ready
 	$(PY) bench/study.py --report-only
 
+# Not runs/, which took hours.
 clean:
-	rm -rf $(VENV) $(BENCH) runs
+	rm -rf $(VENV) $(BENCH)

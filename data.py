@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from files import InputError, download, read_jsonl
+from files import InputError, download, line_numbers, read_jsonl
 from reading import (load_multidoc2dial, load_musique, load_nq, load_reading, load_squad, load_squad1, pair_unanswerable,
                      read_reading_json, read_squad, text_of)
 from records import ABSTAIN, EXAMPLES, SPLIT_SEED, Example, Splits
@@ -88,6 +88,12 @@ Question:
 
 PLAIN = "{{question}}"
 
+CODE = """\
+{{question}}
+Your code should pass these tests:
+{{tests}}
+Generate only the python code encapsulated between [[BEGIN]] and [[DONE]] tags. Do not generate any explanation."""  # as Fig. 4
+
 
 def fill(template: str, **values: str) -> str:
     """Replace every {{name}} in one pass, so that braces inside a value are never read as a variable."""
@@ -97,6 +103,7 @@ def fill(template: str, **values: str) -> str:
 def prompt(template: str, example: Example, gold_response: str = "") -> str:
     """The user turn for one example."""
     tests = {f"testcase_{i}": test for i, test in enumerate(example.tests, 1)}
+    tests["tests"] = "\n".join(example.tests)
     values = {"question": example.question, "task": example.question, "context": example.context, **tests}
     try:
         return fill(template, gold_response=gold_response, **values)
@@ -185,8 +192,8 @@ def load_custom(path: Path | str, judge: str) -> list[Example]:
         return read_reading_json(path)
     needed = ("question", "tests") if judge == "code" else ("question",)
     rows = read_jsonl(path, needed)
-    lines = [n for n, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]  # read_jsonl skips the blank ones
-    return [_custom_example(row, f"{path}, line {n}", str(i)) for i, (n, row) in enumerate(zip(lines, rows, strict=True), 1)]
+    numbered = enumerate(zip(line_numbers(path), rows, strict=True), 1)
+    return [_custom_example(row, f"{path}, line {n}", str(i)) for i, (n, row) in numbered]
 
 
 def _custom_example(row: dict, where: str, default_id: str) -> Example:
@@ -234,6 +241,7 @@ class Task:
 
 READING_TASK = Task(load_reading, "recall", READING, READING, PARAPHRASE_FRAME % READING, max_new_tokens=64)
 CUSTOM_TASK = Task(load_custom, "", PLAIN, PLAIN, PARAPHRASE_FRAME % PLAIN, steps=1000, eval_every=100)
+CODE_TASK = Task(load_custom, "code", CODE, CODE, PARAPHRASE_FRAME % CODE, mbpp_gold, stop="[[DONE]]")
 
 TASKS = {
     "gsm8k": Task(load_gsm8k, "numeric", GSM8K_PREDICT, GSM8K_TRAIN, GSM8K_PARAPHRASE, gsm8k_gold),
@@ -257,7 +265,7 @@ def load_task(name: str, folder: Path | str, files: list[str] | None = None, jud
     if name == "custom":
         splits = tuple(load_custom(path, judge) for path in files)
         reading = any(row.context for row in splits[0])
-        task = replace(READING_TASK if reading else CUSTOM_TASK, steps=1000, eval_every=100)
+        task = CODE_TASK if judge == "code" else READING_TASK if reading else CUSTOM_TASK
     elif name in TASKS:
         task = TASKS[name]
         splits = task.load(Path(folder))

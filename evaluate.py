@@ -20,7 +20,6 @@ Decided here, the paper being silent:
 
 import argparse
 import hashlib
-import math
 import random
 import sys
 import time
@@ -39,9 +38,10 @@ import ranks
 import sandbox
 from audit import audit
 from data import EXAMPLES, Example, Task, chat_ids, load_task, prompt, training_ids
-from files import (InputError, add_rows, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl, write_json)
+from files import (InputError, add_rows, count, digests, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
+                   write_json)
 from generate import generate
-from model import load_model, log_probs, packs, peak_memory_gib, target_logits, usable_device
+from model import context_length, load_model, log_probs, packs, peak_memory_gib, target_logits, usable_device
 from report import write_benchmark_report, write_report
 from stats import mcnemar, wilson
 
@@ -51,32 +51,34 @@ from stats import mcnemar, wilson
 def encode_prompts(model, tokenizer, prompts: dict[str, str]) -> list[list[int]]:
     """Token ids of every prompt (id -> user turn); a prompt that fills the model's context is named by its id."""
     encoded = [chat_ids(tokenizer, text) for text in prompts.values()]
-    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = context_length(model)
     for name, ids in zip(prompts, encoded, strict=True):
         if len(ids) >= longest:
             raise InputError(f"row {name}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
     return encoded
 
 
-def answers(model, tokenizer, task: Task, prompts: dict[str, str], label: str, sampling=None):
+def answers(model, tokenizer, prompts: dict[str, str], max_new_tokens: int, stop: str | None, label: str, sampling=None):
     """Responses to `prompts` (id -> user turn) as rows {id, response, finished}, in the order in which they finish."""
     names = list(prompts)
     encoded = encode_prompts(model, tokenizer, prompts)
     tokens, start = 0, time.monotonic()
     with tqdm(total=len(names), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
-        for index, response in generate(model, tokenizer, encoded, task.max_new_tokens, task.stop, sample=sampling):
+        for index, response in generate(model, tokenizer, encoded, max_new_tokens, stop, sample=sampling):
             tokens += len(response.tokens)
             bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
             bar.update()
             yield {"id": names[index], "response": response.text, "finished": response.finished}
 
 
-def respond(model, tokenizer, task: Task, prompts: dict[str, str], path: Path, sampling=None) -> dict[str, dict]:
+def respond(model, tokenizer, prompts: dict[str, str], path: Path, max_new_tokens: int, stop: str | None = None,
+            sampling=None) -> dict[str, dict]:
     """Responses kept in `path`, id -> row. What the file holds already, from an earlier run or another engine, is used."""
 
     def make(names):
         part, label = {name: prompts[name] for name in names}, f"{path.parent.name}/{path.stem}"
-        return answers(model, tokenizer, task, part, label, sampling and replace(sampling, keys=names))
+        keyed = sampling and replace(sampling, keys=names)
+        return answers(model, tokenizer, part, max_new_tokens, stop, label, keyed)
 
     rows = read_responses(path)
     there = {row["id"] for row in rows}
@@ -151,7 +153,8 @@ def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
     """Accuracy of a model in training, by the task's judge; nothing is kept."""
     mine = ranks.share(examples)
     prompts = {x.id: prompt(task.train, x) for x in mine}
-    responses = {row["id"]: row["response"] for row in answers(model, tokenizer, task, prompts, "validation")}
+    rows = answers(model, tokenizer, prompts, task.max_new_tokens, task.stop, "validation")
+    responses = {row["id"]: row["response"] for row in rows}
     pairs = [(x, responses[x.id]) for x in mine]
     correct, = ranks.totals(sum(map(bool, judges.judge_all(task.judge, pairs, asker(model, tokenizer)))))
     return correct / len(examples)
@@ -159,6 +162,7 @@ def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
 
 # ------------------------------------------------------------------------------------------------ drift and Fig. 2
 
+GENERAL_TOKENS = 32  # of a response to a general prompt, at most
 
 @torch.inference_mode()
 def kl_drift(model, tokenizer, dialogues: list[tuple[str, str]]) -> float:
@@ -234,6 +238,7 @@ def evaluate_run(run: Path, args) -> dict:
         if (run / "predictions.jsonl").exists():
             results["log_probabilities"] = log_probabilities(model, tokenizer, task, train, run)
     folders = {name: model_folder(run, name, args) for name in ["base", *trained_methods(run)]}
+    earlier = {} if args.task else earlier_benchmarks(run)
     base_samples = None  # the first model is the base model
     for name, folder in folders.items():
         trained = None
@@ -246,9 +251,17 @@ def evaluate_run(run: Path, args) -> dict:
         if args.benchmarks:
             found, samples = benchmark_run(model, tokenizer, run, name, base_samples, args)
             results["models"][name]["benchmarks"], base_samples = found, base_samples or samples
+        elif name in earlier:
+            results["models"][name]["benchmarks"] = earlier[name]
     compare(results["models"], folders, test)
     results["machine"]["peak_memory_gib"] = peak_memory_gib()
     return results
+
+
+def earlier_benchmarks(run: Path) -> dict[str, dict]:
+    """Table 4 as an earlier call measured it: a call without --benchmarks must not lose it."""
+    models = read_json(run / "results.json")["models"] if (run / "results.json").exists() else {}
+    return {name: model["benchmarks"] for name, model in models.items() if "benchmarks" in model}
 
 
 def model_folder(run: Path, name: str, args) -> Path:
@@ -267,7 +280,7 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], folder: Pa
     """One model's row of the report, its answers kept in `folder`; `trained` is its training.json, None for the base model."""
     template = task.train if trained else task.predict
     prompts = {x.id: prompt(template, x) for x in test}
-    rows = respond(model, tokenizer, task, prompts, folder / "test.jsonl")
+    rows = respond(model, tokenizer, prompts, folder / "test.jsonl", task.max_new_tokens, task.stop)
     pairs = [(x, rows[x.id]["response"]) for x in test]
     verdicts = judged(model, tokenizer, task, pairs, folder / "test.judged.jsonl")
     correct = sum(map(bool, verdicts.values()))
@@ -280,15 +293,12 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], folder: Pa
         result["reading"] = judges.reading_scores(pairs)
     general = {row["id"]: row["prompt"] for row in read_jsonl(EXAMPLES / "general.jsonl", ("id", "prompt"))}
     if not trained:
-        respond(model, tokenizer, GENERAL, general, base / "general.jsonl")
+        respond(model, tokenizer, general, base / "general.jsonl", GENERAL_TOKENS)
         return result
     dialogues = {"general": base_dialogues(base / "general.jsonl", general),
                  "task": base_dialogues(base / "test.jsonl", {x.id: prompt(task.predict, x) for x in test[:24]})}
     drift = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
     return result | {"drift": drift, "training": trained}
-
-
-GENERAL = Task(load=None, judge="", predict="", train="", paraphrase="", max_new_tokens=32)
 
 
 def harness_accuracy(path: Path, test: list[Example]) -> dict:
@@ -331,7 +341,11 @@ def compare(models: dict, folders: dict[str, Path], test: list[Example]) -> None
 def read_config(run: Path) -> dict:
     if not (run / "config.json").exists():
         raise InputError(f"--out {run}: no config.json there; run s3ft.py with this --out first")
-    return read_json(run / "config.json")
+    config = read_json(run / "config.json")
+    if config["files"] and config["contents"] != digests(config["files"]):
+        raise InputError(f"--out {run}: {', '.join(config['files'])}: not the rows that the run was begun with; put those "
+                         "back, or train anew with another --out")
+    return config
 
 
 def task_of(config: dict, data: str):
@@ -402,6 +416,10 @@ def parse(argv=None):
     parser.add_argument("--sandbox", choices=("best", "strict"), default="best", help="code judge: see s3ft.py (%(default)s)")
     args = parser.parse_args(argv)
     args.device = usable_device(args.device)
+    if not args.model and (args.adapter or args.dtype):
+        raise InputError("--adapter and --dtype go with --model; a run's own are in its folder")
+    if not args.benchmarks and (args.limit or args.num_fewshot or args.apply_chat_template or args.add_bos):
+        raise InputError("--limit, --num-fewshot, --apply-chat-template and --add-bos go with --benchmarks")
     if args.task == "custom":
         raise InputError("--task custom: only a built-in task can be measured on a run that was trained on another")
     return args

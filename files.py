@@ -56,6 +56,16 @@ def _read_bytes(path: Path | str) -> bytes:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
+def line_numbers(path: Path) -> list[int]:
+    """The line of each row of a JSONL file: blank lines are no rows."""
+    return [number for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+
+
+def digests(paths) -> list[str]:
+    """A digest of each file's bytes: the same names may hold other rows tomorrow."""
+    return [hashlib.sha256(_read_bytes(path)).hexdigest()[:16] for path in paths]
+
+
 def to_line(row: dict) -> bytes:
     """One JSONL line. A lone surrogate, which UTF-8 cannot hold, is written as its JSON escape."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -286,7 +286,7 @@ LLM_BATCH = 256  # pairs a call of the LLM judge: enough for the generator to gr
 def workers() -> int:
     """How many programs this process runs at a time: its share of the cores that it may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks.WORLD)
+    return max(1, cores // ranks.LOCAL_WORLD)
 
 
 def judge_all(name: str, pairs: Sequence[tuple[Example, str]], generate=None) -> Iterator[bool | None]:

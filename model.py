@@ -2,7 +2,7 @@
 
 Rows of different lengths are packed end to end into one sequence `[1, sum of lengths]`, with positions that restart at every
 row and attention that never crosses a row. Nothing is padded, and the output head (the widest matrix of a small model) runs
-only where a target token is predicted. Training, log-probabilities and drift are all read off `target_logits`.
+only where a target token is predicted. Training goes through `target_loss`, log-probabilities through `target_logits`.
 
 A packed row is kept apart by two means, and needs one: transformers builds the block-diagonal mask from position_ids (only
 where no attention_mask is passed and use_cache is False; otherwise rows silently see each other), and `row_attention` computes
@@ -10,6 +10,7 @@ the blocks alone, where that is faster: plain full attention.
 """
 
 import contextlib
+import math
 import os
 import resource
 import sys
@@ -102,6 +103,11 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None, t
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("rows")
     return model.to(device).eval(), tokenizer
+
+
+def context_length(model) -> float:
+    """How many tokens the model takes; infinity where its configuration does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
 
 def count_weights(name: str, trust_remote_code: bool = False) -> int:

@@ -13,8 +13,9 @@ from functools import partialmethod
 
 from tqdm import tqdm
 
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default))
-                           for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (  # of all machines, and of this one
+    int(os.environ.get(name, default))
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 if RANK:
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # one progress bar, not one a process
 

@@ -38,10 +38,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data import Example, Task, chat_ids, fill, prompt
+from data import Example, chat_ids, fill, prompt
 from evaluate import judged, read_responses, respond
 from files import InputError, exit_cleanly, fail, read_json, read_jsonl, write_json, write_jsonl
-from model import Row, load_model, token_log_probs
+from model import Row, context_length, load_model, token_log_probs
 
 # ------------------------------------------------------------------------------------------------ the scores
 
@@ -91,7 +91,7 @@ def scoring_rows(tokenizer, pair: Pair) -> list[Row]:
 
 def score(model, tokenizer, pairs: dict[str, Pair], label: str = "scores") -> dict[str, dict[str, float]]:
     """id -> {"ifd", "r_ifd"} of every pair that fits the model's context; the others are not in the answer."""
-    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = context_length(model)
     rows = {name: scoring_rows(tokenizer, pair) for name, pair in pairs.items()}
     rows = {name: four for name, four in rows.items() if max(len(ids) for ids, _ in four) <= longest}
     logs = token_log_probs(model, [row for four in rows.values() for row in four])
@@ -152,7 +152,7 @@ REMINDER = "\n\nYour last reply was not in this form. Leave out the criticism an
 TAGS = {REWRITE_BOTH: ("New Instruction", "New Answer"), REWRITE_ANSWER: ("Better Answer",)}
 ANY_TAG = r"\[(?:New Instruction|New Answer|Better Answer|End)\]"
 NOTHING = {"", "n/a", "na", "none", "the new instruction", "the new answer", "the better answer"}  # as good as left out
-TEACHER = Task(load=None, judge="", predict="", train="", paraphrase="", max_new_tokens=1024)
+REPLY_TOKENS = 1024  # of a teacher's reply, at most
 
 
 def parse_fields(reply: str, tags: tuple[str, ...]) -> list[str] | None:
@@ -181,7 +181,7 @@ class Teacher:
         if self.base.teacher and not self.other and prompts.keys() - {row["id"] for row in read_responses(path)}:
             self.other = self.load()
         model, tokenizer = self.other or (self.base.model, self.base.tokenizer)
-        return {name: row["response"] for name, row in respond(model, tokenizer, TEACHER, prompts, path).items()}
+        return {name: row["response"] for name, row in respond(model, tokenizer, prompts, path, REPLY_TOKENS).items()}
 
     def load(self):
         base, dtype = self.base, str(self.base.model.dtype).removeprefix("torch.")

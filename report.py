@@ -95,10 +95,10 @@ def training_table(results: dict) -> str:
 
 def benchmarks_table(results: dict) -> str:
     """Table 4: general benchmarks, and the mean drop against the base model."""
-    names = list(next(iter(results["models"].values()))["benchmarks"]["scores"])
+    models = {name: model["benchmarks"] for name, model in results["models"].items() if "benchmarks" in model}
+    names = list(models["base"]["scores"])
     rows = []
-    for model_name, model in results["models"].items():
-        found = model["benchmarks"]
+    for model_name, found in models.items():
         values = [headline(name, found["scores"][name]) for name in names]
         rows.append([model_name, *map(percent, values), percent(mean(values)),
                      ", ".join(drop_cell(found["drop"][name]) for name in names) if "drop" in found else ""])
@@ -178,12 +178,13 @@ def optional_sections(results: dict) -> list[str]:
     if all("reading" in model for model in models.values()):
         parts += ["## Reading comprehension, as SSR reports it", reading_table(results),
                   "Recall, modified recall (our definition), answerability: see `judges.reading_row`."]
-    if all("benchmarks" in model for model in models.values()):
+    scores = {name: model["benchmarks"]["scores"] for name, model in models.items() if "benchmarks" in model}
+    if "base" in scores:
         parts += ["## General benchmarks (Table 4)", benchmarks_table(results),
                   "`truthfulqa` is the mean of mc1 and mc2 (" + ", ".join(
-                      f"{name} {percent(found['mc1'])} and {percent(found['mc2'])}" for name, model in models.items()
-                      if (found := model["benchmarks"]["scores"].get("truthfulqa"))) + "). Drops: on the same documents, "
-                  "intervals of paired differences."]
+                      f"{name} {percent(found['mc1'])} and {percent(found['mc2'])}" for name, score in scores.items()
+                      if (found := score.get("truthfulqa"))) + "). Drops: on the same documents, intervals of paired "
+                  "differences."]
     if all("harness" in model for model in models.values()):
         parts += ["## GSM8K as lm-evaluation-harness reads it", markdown_table(
             ["method", "strict %", "flexible %"],

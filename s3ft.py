@@ -3,7 +3,7 @@
     python s3ft.py --task gsm8k --method s3ft --out runs/gsm8k
 
 A method turns the data D = {(x, y)} into the data D' = {(x, target)} that the model is trained on; it is one short function
-below. All that it may ask is the base model: predict(D), paraphrase(D), sample(D, k), each answer with the judge's verdict.
+below. It asks the base model: predict(D), paraphrase(D), sample(D, k), each answer with the judge's verdict, and gold(x).
 Training, validation and the files are the same for all methods.
 
 Read in this order: `s3ft`, its relatives, `BaseModel` (what they ask), `train` (line 16 of Algorithm 1), `run` (the stages).
@@ -30,11 +30,12 @@ import lora
 import ranks
 from data import CUSTOM_TASK, TASKS, Example, Task, prompt, training_ids
 from evaluate import announce_sandbox, encode_prompts, judged, respond, task_of, validate
-from files import (InputError, amount, append_jsonl, count, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
-                   write_bytes, write_json, write_jsonl)
+from files import (InputError, amount, append_jsonl, count, digests, exit_cleanly, fail, locked, read_json, read_jsonl,
+                   resume_jsonl, write_bytes, write_json, write_jsonl)
 from generate import Sampling
 from judges import JUDGES, leaks
-from model import count_weights, load_model, load_tokenizer, log_probs, peak_memory_gib, target_loss, usable_device
+from model import (context_length, count_weights, load_model, load_tokenizer, log_probs, peak_memory_gib, target_loss,
+                   usable_device)
 from reflect import reflect
 
 # ------------------------------------------------------------------------------------------------ the methods
@@ -135,9 +136,10 @@ class BaseModel:
         return {x.id: scored[i * k : (i + 1) * k] for i, x in enumerate(D)}
 
     def _ask(self, D, users: dict[str, str], kind: str, sampling=None) -> dict[str, Judged]:
-        rows = respond(self.model, self.tokenizer, self.task, users, self.run / f"{kind}.jsonl", sampling)
+        path, task = self.run / f"{kind}.jsonl", self.task
+        rows = respond(self.model, self.tokenizer, users, path, task.max_new_tokens, task.stop, sampling)
         pairs = [(x, rows[x.id]["response"]) for x in D]
-        accepted = judged(self.model, self.tokenizer, self.task, pairs, self.run / f"{kind}.judged.jsonl")
+        accepted = judged(self.model, self.tokenizer, task, pairs, self.run / f"{kind}.judged.jsonl")
         return {x.id: Judged(response, bool(accepted[x.id])) for x, response in pairs}
 
 
@@ -145,7 +147,10 @@ class BaseModel:
 
 
 class Loss(torch.nn.Module):
-    """-Σ log p(y_t | x, y_<t) over the target tokens of the rows, in nats. The prompt is masked: it is no target."""
+    """-Σ log p(y_t | x, y_<t) over the target tokens of the rows, in nats. The prompt is masked: it is no target.
+
+    A module and not a function, because DistributedDataParallel averages the gradients of a module's forward pass.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -303,12 +308,12 @@ def build(method, D: list[Example], base: BaseModel, path: Path) -> list[dict]:
     return read_jsonl(path, ("id", "prompt", "response", "source"))
 
 
-def encode_rows(model, tokenizer, rows: list[dict], path: Path) -> list:
+def encode_rows(model, tokenizer, rows: list[dict], where: Path | str) -> list:
     encoded = [training_ids(tokenizer, row["prompt"], row["response"]) for row in rows]
-    longest = getattr(model.config, "max_position_embeddings", float("inf"))
+    longest = context_length(model)
     for row, (ids, _) in zip(rows, encoded, strict=True):
         if len(ids) > longest:
-            raise InputError(f"{path}, row {row['id']}: {len(ids)} tokens, but the model's context holds {longest}")
+            raise InputError(f"{where}, row {row['id']}: {len(ids)} tokens, but the model's context holds {longest}")
     return encoded
 
 
@@ -325,10 +330,23 @@ def announce_cpu(task: Task, D: list[Example], args) -> None:
     for _ in range(8):
         a @ a.T @ a
     speed = 8 * 4 * 512 * 512 * 2048 / (time.perf_counter() - start)  # FLOP/s
-    answers = len(D) * (0 if args.method == "sft" else 2)  # a prediction and a paraphrase, at most
+    answers = len(D) * {"sft": 0, "sdft": 1, "ssr": 1, "rft": 8}.get(args.method, 2)  # rft: 4 samples, and their scores
     hours = weights * row * (2 * answers + 4 * args.steps * args.batch_size) / speed / 3600
     length = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, 60 * hours):.0f} minutes"
-    print(f"no GPU: on this CPU ({speed / 1e9:.0f} GFLOP/s) {args.method} will take {length} or more", flush=True)
+    print(f"no GPU: on this CPU ({speed / 1e9:.0f} GFLOP/s) {args.method} will take about {length}, without validation",
+          flush=True)
+
+
+def check_lengths(model, tokenizer, task: Task, splits: dict[str, list[Example]], method: str) -> None:
+    """InputError: a row is longer than the model's context, as a prompt, with its gold, or in its paraphrase prompt."""
+    for split, rows in splits.items():
+        encode_prompts(model, tokenizer, {f"{x.id} ({split})": prompt(task.predict, x) for x in rows})
+    D = splits["training"]
+    if method in ("sdft", "s3ft"):
+        encode_prompts(model, tokenizer, {f"{x.id} (paraphrase)": prompt(task.paraphrase, x, task.gold(x)) for x in D})
+    if method not in ("rft", "reflect"):  # these never train on the gold
+        rows = [{"id": x.id, "prompt": prompt(task.train, x), "response": task.gold(x)} for x in D]
+        encode_rows(model, tokenizer, rows, "training data with gold")
 
 
 def inject(model, args) -> None:
@@ -341,6 +359,7 @@ def inject(model, args) -> None:
 def run(args) -> None:
     """The stages of one method: D', LoRA, training. Each is skipped where an earlier run finished it."""
     shared = {name: getattr(args, name) for name in ("task", "model", "judge", "limit", "files", "max_new_tokens", "dtype")}
+    shared["contents"] = args.files and digests(args.files)
     own = {name: value for name, value in vars(args).items() if name not in (*shared, *UNRECORDED)}
     folder = args.out / args.name
     settings = ((args.out / "config.json", shared, "--out"), (folder / "config.json", own, "--name"))
@@ -357,7 +376,7 @@ def run(args) -> None:
         announce_cpu(task, D, args)
     model, tokenizer = load_model(args.model, args.device, args.dtype, args.trust_remote_code)
     inject(model, args)  # before hours of generation: what cannot work must not come to light after them
-    encode_prompts(model, tokenizer, {x.id: prompt(task.predict, x) for x in validation + test})
+    check_lengths(model, tokenizer, task, {"training": D, "validation": validation, "test": test}, args.method)
     for path, values, _ in settings:  # only now: a mistyped flag must not mark the folder
         if not path.exists():
             write_json(path, values)
@@ -389,8 +408,9 @@ def check_same(path: Path, settings: dict, flag: str) -> None:
     before = read_json(path) if path.exists() else settings
     for name, value in settings.items():
         if before.get(name) != value:
-            raise InputError(f"{path.parent} was begun with --{name.replace('_', '-')} {before.get(name)}, not {value}: "
-                             f"give that value again, or another {flag}")
+            setting = {"files": "the files", "contents": "files with the digests"}.get(name, f"--{name.replace('_', '-')}")
+            raise InputError(f"{path.parent} was begun with {setting} {before.get(name)}, not {value}: give the same again, "
+                             f"or another {flag}")
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -451,6 +471,10 @@ def complete(args):
     task = TASKS.get(args.task, CUSTOM_TASK)
     args.files = files if all(files) else None
     args.name = args.name or args.method
+    if args.name in ("base", "figures") or Path(args.name).name != args.name or args.name.startswith("."):
+        raise InputError(f"--name {args.name}: must be the name of one new folder in --out, and not base or figures")
+    if args.teacher and args.method != "reflect":
+        raise InputError(f"--teacher goes with --method reflect; {args.method} has none")
     args.steps = args.steps or task.steps
     args.eval_every = min(args.eval_every or task.eval_every, args.steps)
     if args.batch_size < ranks.WORLD:

@@ -167,6 +167,17 @@ def test_a_bad_row_is_named(tmp_path, content, where):
         data.load_task("custom", "", [path] * 3, "numeric")
 
 
+def test_a_custom_code_task_shows_its_tests(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"question": "Add.", "answer": "def f(a, b): return a + b", "tests": ["assert f(1, 2) == 3", "assert f(0, 0) == 0"]}
+    path.write_text(json.dumps(row))
+    task, (rows, *_) = data.load_task("custom", "", [path] * 3, "code")
+    assert data.prompt(task.predict, rows[0]) == (
+        "Add.\nYour code should pass these tests:\nassert f(1, 2) == 3\nassert f(0, 0) == 0\n"
+        "Generate only the python code encapsulated between [[BEGIN]] and [[DONE]] tags. Do not generate any explanation.")
+    assert task.gold(rows[0]) == "[[BEGIN]]\ndef f(a, b): return a + b\n[[DONE]]" and task.stop == "[[DONE]]"
+
+
 def test_numbers_and_blank_lines_in_a_custom_file(tmp_path):
     path = write(tmp_path / "rows.jsonl", '\n{"question": "q", "answer": 4}\n\n{"id": 9, "question": "r", "answer": 0.5}\n'
                                           '{"question": "s", "answer": null, "unanswerable": true}\n')

@@ -285,7 +285,7 @@ def test_judges_by_name():
 @pytest.mark.parametrize("cores, world, expected", [(8, 1, 8), (8, 2, 4), (2, 4, 1), (1, 1, 1)])
 def test_a_process_takes_its_share_of_the_cores_that_it_may_use(monkeypatch, cores, world, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    monkeypatch.setattr(ranks, "WORLD", world)
+    monkeypatch.setattr(ranks, "LOCAL_WORLD", world)
     assert judges.workers() == expected
     threads = set()
     monkeypatch.setitem(JUDGES, "code", lambda x, y: threads.add(threading.get_ident()) or time.sleep(0.01))

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import evaluate
 import lora
 import s3ft
 from data import CUSTOM_TASK, Example, training_ids
-from files import exit_cleanly, read_jsonl, write_jsonl
+from files import InputError, exit_cleanly, read_jsonl, write_jsonl
 from judges import leaks
 from model import load_model
 from s3ft import Judged
@@ -351,8 +352,19 @@ def test_a_prompt_longer_than_the_context(command, capsys, tmp_path):
     argv, _ = command
     write_jsonl(tmp_path / "long.jsonl", [{"id": "huge", "question": "x" * 3000, "answer": "1"}])
     long = [f"--train-file={tmp_path / 'long.jsonl'}"]
-    assert "row huge: its prompt has 30" in refuse([*argv, *long, "--method=s3ft"], capsys)
-    assert "huge: 30" in refuse([*argv, *long, "--method=sft", f"--out={tmp_path / 'other'}"], capsys)
+    assert "row huge (training): its prompt has 30" in refuse([*argv, *long, "--method=s3ft"], capsys)
+    assert "row huge (training): its prompt has 30" in refuse([*argv, *long, "--method=sft"], capsys)
+    write_jsonl(tmp_path / "long.jsonl", [{"id": "huge", "question": "x" * 1200, "answer": "1" * 900}])
+    assert "training data with gold, row huge: 2" in refuse([*argv, *long, "--method=sft"], capsys)
+    assert "row huge (paraphrase): its prompt has 2" in refuse([*argv, *long, "--method=sdft"], capsys)
+
+
+def test_a_long_validation_row_behind_a_short_test_row_of_the_same_id(command, capsys, tmp_path):
+    argv, _ = command
+    write_jsonl(tmp_path / "long.jsonl", [{"question": "x" * 3000, "answer": "1"}])
+    write_jsonl(tmp_path / "short.jsonl", [{"question": "x", "answer": "1"}])
+    files = [f"--val-file={tmp_path / 'long.jsonl'}", f"--test-file={tmp_path / 'short.jsonl'}"]
+    assert "row 1 (validation): its prompt has 30" in refuse([*argv, *files, "--method=s3ft"], capsys)
 
 
 def test_an_unwritable_folder(command, capsys, tmp_path):
@@ -399,6 +411,26 @@ def test_what_a_killed_run_was_writing_is_swept_away(command):
     s3ft.main([*argv, "--method=sft", "--steps=2"])
     assert {p.name for p in (out / "sft").iterdir()} == {"config.json", "train.jsonl", "log.jsonl", "training.json",
                                                          "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_other_rows_in_the_same_files(command, capsys, tmp_path):
+    """A row put in at the top would give every cached answer to the next question."""
+    argv, out = command
+    path = Path(next(flag for flag in argv if flag.startswith("--train-file=")).partition("=")[2])
+    s3ft.main([*argv, "--method=sft", "--steps=2"])
+    path.write_text('{"question": "new", "answer": "1"}\n' + path.read_text())
+    assert "was begun with files with the digests" in refuse([*argv, "--method=s3ft", "--steps=2"], capsys)
+    with pytest.raises(InputError, match="not the rows that the run was begun with"):
+        evaluate.main([f"--out={out}", "--device=cpu"])
+
+
+@pytest.mark.parametrize("name", ["base", "figures", "a/b", ".hidden", ".."])
+def test_names_that_evaluation_would_not_find(command, capsys, name):
+    assert "must be the name of one new folder" in refuse([*command[0], "--method=sft", f"--name={name}"], capsys)
+
+
+def test_a_teacher_without_reflect(command, capsys):
+    assert "--teacher goes with --method reflect" in refuse([*command[0], "--method=sft", "--teacher=x"], capsys)
 
 
 def test_other_settings_on_the_same_folder(command, capsys):
