@@ -18,11 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from files import InputError, download, line_numbers, read_jsonl
-from reading import (load_multidoc2dial, load_musique, load_nq, load_reading, load_squad, load_squad1, pair_unanswerable,
-                     read_reading_json, read_squad, text_of)
-from records import ABSTAIN, EXAMPLES, SPLIT_SEED, Example, Splits
-
-__all__ = ["EXAMPLES", "pair_unanswerable", "read_squad"]  # passed on, from the modules below
+from reading import (load_multidoc2dial, load_musique, load_nq, load_reading, load_squad, load_squad1, read_reading_json,
+                     text_of)
+from records import ABSTAIN, SPLIT_SEED, Example, Splits
 
 # ------------------------------------------------------------------------------------------------ prompts, Figs. 3 to 7
 

@@ -37,11 +37,12 @@ import lora
 import ranks
 import sandbox
 from audit import audit
-from data import EXAMPLES, Example, Task, chat_ids, load_task, prompt, training_ids
+from data import Example, Task, chat_ids, load_task, prompt, training_ids
 from files import (InputError, add_rows, count, digests, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
                    write_json)
 from generate import generate
 from model import context_length, load_model, log_probs, packs, peak_memory_gib, target_logits, usable_device
+from records import EXAMPLES
 from report import write_benchmark_report, write_report
 from stats import mcnemar, wilson
 

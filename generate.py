@@ -31,6 +31,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Stoppi
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from data import end_of_turn
+from files import InputError
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}  # the most that one forward reads: bounds its activations
 REFILL_TOKENS = 512  # reading this many uses the machine well, so it need not wait for more free slots
@@ -226,7 +227,8 @@ def _with_slots(model, probe, rows, ending, memory_gib, sample) -> Iterator[tupl
             yield from _decode(model, cache, queue, live, common, ending, sample)
         except torch.OutOfMemoryError:
             if slots == 1:
-                raise
+                raise InputError(f"out of memory with one row of {max_length} tokens: take a lower --max-new-tokens, leave out "
+                                 "the longest rows, or take a smaller model") from None
         if queue or live:
             queue.extendleft(reversed(live))
             live.clear()

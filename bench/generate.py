@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import TASKS, chat_ids, prompt, read_squad  # noqa: E402
+from data import TASKS, chat_ids, prompt  # noqa: E402
 from files import exit_cleanly, read_jsonl, write_json, write_text  # noqa: E402
 from generate import generate  # noqa: E402
 from model import best_device  # noqa: E402
+from reading import read_squad  # noqa: E402
 from records import Example  # noqa: E402
 
 BATCH = 32  # of the peers

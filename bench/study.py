@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import BENCHMARKS, paired_interval  # noqa: E402
-from data import Example, pair_unanswerable, read_squad  # noqa: E402
 from files import download, exit_cleanly, read_json, read_jsonl, write_json, write_jsonl, write_text  # noqa: E402
+from reading import pair_unanswerable, read_squad  # noqa: E402
+from records import Example  # noqa: E402
 from report import (  # noqa: E402
     PAPER_ACCURACY, PAPER_BENCHMARKS, PAPER_SOURCES, SOURCES, log_probability_section, markdown_table)
 

@@ -29,9 +29,10 @@ sys.path.insert(0, str(ROOT))
 import lora  # noqa: E402
 import s3ft  # noqa: E402
 from bench.generate import clock, row_seconds  # noqa: E402
-from data import TASKS, prompt, read_squad, training_ids  # noqa: E402
+from data import TASKS, prompt, training_ids  # noqa: E402
 from files import exit_cleanly, write_json, write_text  # noqa: E402
 from model import best_device, load_model, peak_memory_gib  # noqa: E402
+from reading import read_squad  # noqa: E402
 
 RANK, ALPHA, DROPOUT, RATE = 8, 16, 0.1, 1e-4
 BATCH = 8
