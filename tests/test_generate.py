@@ -27,8 +27,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from files import InputError
 import generate as module
+from files import InputError
 from generate import Sampling, generate
 
 EOS = [1, 7, 20, 30, 44, 58, 71, 93]
