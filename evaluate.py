@@ -6,8 +6,9 @@
     python evaluate.py --out RUN --audit 200                         the judge against people: see audit.py
     python evaluate.py --out F --model M --benchmarks mmlu           a model on its own
 
-Reads the folder that s3ft.py wrote and adds, for the base model and every trained one, test.jsonl (the answers) and
-test.judged.jsonl (the verdicts); then results.json, report.md and figures/. Everything is resumed, nothing is made twice.
+Reads the folder that s3ft.py wrote and adds, for the base model and every trained one, test.jsonl (the answers),
+test.judged.jsonl (the verdicts) and drift.json; then results.json, report.md and figures/. Everything is resumed, nothing is
+made twice.
 
 Decided here, the paper being silent:
 1. Prompt at test time: the base model gets the predict prompt (it is "prompted"), a trained model its train prompt.
@@ -20,6 +21,7 @@ Decided here, the paper being silent:
 
 import argparse
 import hashlib
+import json
 import random
 import sys
 import time
@@ -298,8 +300,17 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], folder: Pa
         return result
     dialogues = {"general": base_dialogues(base / "general.jsonl", general),
                  "task": base_dialogues(base / "test.jsonl", {x.id: prompt(task.predict, x) for x in test[:24]})}
-    drift = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
-    return result | {"drift": drift, "training": trained}
+    return result | {"drift": kept_drift(model, tokenizer, dialogues, folder / "drift.json"), "training": trained}
+
+
+def kept_drift(model, tokenizer, dialogues: dict[str, list], path: Path) -> dict[str, float]:
+    """kl_drift over every kind of dialogues, kept in `path` with a digest of them."""
+    digest = hashlib.sha256(json.dumps(dialogues).encode()).hexdigest()[:16]
+    kept = read_json(path) if path.exists() else {}
+    if kept.get("digest") != digest:
+        kept = {"digest": digest} | {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
+        write_json(path, kept)
+    return {kind: kept[kind] for kind in dialogues}
 
 
 def harness_accuracy(path: Path, test: list[Example]) -> dict:

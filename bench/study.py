@@ -65,6 +65,11 @@ def run_all(args) -> None:
             train(args, args.out, method, f"{method}-{seed}", [f"--seed={seed}"])
     for names, limit in LIMITS.items():
         run("evaluate.py", f"--out={args.out}", f"--data={args.data}", f"--benchmarks={names}", f"--limit={limit}")
+    if args.choices:
+        run_choices(args)
+
+
+def run_choices(args) -> None:
     choices = choices_folder(args.out)
     for file in ("predictions.jsonl", "paraphrases.jsonl"):
         write_text(choices / file, (args.out / file).read_text("utf-8"))
@@ -109,10 +114,10 @@ def collect(args) -> dict:
         model.pop("benchmarks", None)
         if name != "base":
             model["curve"] = read_jsonl(args.out / name / "log.jsonl")
-    found = read_json(choices / "results.json")["models"]
+    found = read_json(choices / "results.json")["models"] if args.choices else {}
     results["choices"] = {choice: {"accuracy": found[name]["accuracy"], "drift": found[name]["drift"],
                                    "verdicts": verdict_marks(choices / name, order)}
-                          for choice, name in zip(CHOICES, map(name_of, CHOICES), strict=True)}
+                          for choice, name in zip(CHOICES, map(name_of, CHOICES), strict=True) if found}
     return results
 
 
@@ -270,6 +275,9 @@ not independent, so that the intervals are somewhat too narrow; and of 50 compar
 get a star."""
 
 
+CHANGES = """\
+One change at a time. Two others cannot be tried on these rows: the prompt at test time (prediction and training have the same)
+and the gold's format (golds are phrases)."""
 SETTING = """\
 Made by `make study` and `make study-report`. {model}, {date}, {device}, torch {torch}. {train} training, {val} validation,
 {test} test rows, out of XQuAD's first {articles} articles and apart by article, a quarter of them unanswerable; seeds 0 to
@@ -294,10 +302,7 @@ def report(results: dict, folder: Path) -> str:
         "## General benchmarks (Table 4)",
         f"Documents: {documents}: the first of each, of MMLU of each subject. HellaSwag's first are all about videos.",
         benchmarks_table(methods),
-        "## Other settings",
-        "One change at a time. Two others cannot be tried on these rows: the prompt at test time (prediction and training have "
-        "the same) and the gold's format (golds are phrases).",
-        choices_table(results),
+        *(["## Other settings", CHANGES, choices_table(results)] if results["choices"] else []),
         "## Learning curves", "![loss and validation](study/curves.svg)",
         *(part.replace("(figures/", "(study/figures/") for part in log_probabilities),
     ]) + "\n"
@@ -309,6 +314,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="for study.md and study/ (%(default)s)")
     parser.add_argument("--xquad", type=Path, default=Path("data/xquad/xquad.en.json"), help="(%(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the general benchmarks (%(default)s)")
+    parser.add_argument("--choices", action="store_true", help="also S3FT with other settings: a quarter of an hour more")
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="the run folder (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")

@@ -65,6 +65,17 @@ def test_drift_is_the_mean_kl_per_response_token(tuned, tiny):
     assert sum(terms) / len(terms) > 0.01
 
 
+def test_drift_is_kept_until_the_responses_change(tiny, tmp_path):
+    model, tokenizer = load_model(str(tiny), "cpu")
+    lora.inject(model, 4, 8, 0.0, ["q_proj"], seed=0)
+    first = {"task": [("hello", "a reply")], "general": [("hello", "another")]}
+    found = evaluate.kept_drift(model, tokenizer, first, tmp_path / "drift.json")
+    for parameter in lora.parameters(model):
+        torch.nn.init.normal_(parameter)
+    assert evaluate.kept_drift(model, tokenizer, first, tmp_path / "drift.json") == found == {"task": 0, "general": 0}
+    assert evaluate.kept_drift(model, tokenizer, first | {"task": [("hello", "other")]}, tmp_path / "drift.json")["task"] > 0
+
+
 def test_drift_of_an_untrained_adapter_is_zero(tiny):
     model, tokenizer = load_model(str(tiny), "cpu")
     lora.inject(model, seed=0)
