@@ -18,7 +18,7 @@ help:
 	@echo "make test    set up and run the tests: under 10 minutes on 2 CPU cores"
 	@echo "make gsm8k   the paper's run: predictions, paraphrases, training, evaluation (also: make mbpp, make nq)"
 	@echo "make bench, bench-eval, bench-judge, bench-gpu    speed beside transformers, peft, trl and lm-evaluation-harness"
-	@echo "make study   does the claim hold? every method, three seeds, on XQuAD: about two hours on 2 CPU cores"
+	@echo "make study   does the claim hold? five methods, three seeds, on XQuAD: about two hours on 2 CPU cores"
 	@echo "make fuzz    100,000 random texts into everything that reads what a model or a person wrote"
 	@echo ""
 	@echo "Variables of gsm8k, mbpp, nq (make gsm8k LIMIT=48 STEPS=6):"

@@ -354,7 +354,7 @@ def read_config(run: Path) -> dict:
     if not (run / "config.json").exists():
         raise InputError(f"--out {run}: no config.json there; run s3ft.py with this --out first")
     config = read_json(run / "config.json")
-    if config["files"] and config["contents"] != digests(config["files"]):
+    if config["files"] and config.get("contents") != digests(config["files"]):
         raise InputError(f"--out {run}: {', '.join(config['files'])}: not the rows that the run was begun with; put those "
                          "back, or train anew with another --out")
     return config
