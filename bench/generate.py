@@ -45,6 +45,7 @@ def workloads(args) -> dict[str, tuple[str, list[Example], int]]:
 
 
 def one_a_passage(rows: list[Example]) -> list[Example]:
+    """The first answerable question of every passage: prompts that share no context."""
     return list({row.context: row for row in reversed(rows) if not row.unanswerable}.values())[::-1]
 
 
@@ -73,8 +74,8 @@ def continuous(model, tokenizer, prompts: list[list[int]], new: int) -> list[lis
     """transformers' continuous batching, with pages for 32 rows (its own choice is all free memory)."""
     end = tokenizer.eos_token_id
     config = GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=False, max_new_tokens=new)
-    rows = BATCH * -(-(max(map(len, prompts)) + new) // PAGE)
-    pages = transformers.ContinuousBatchingConfig(page_size=PAGE, num_blocks=rows, max_batch_tokens=512)
+    blocks = BATCH * -(-(max(map(len, prompts)) + new) // PAGE)
+    pages = transformers.ContinuousBatchingConfig(page_size=PAGE, num_blocks=blocks, max_batch_tokens=512)
     found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=pages, warmup=False)
     return [output.generated_tokens for output in found.values()]
 
