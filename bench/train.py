@@ -126,9 +126,9 @@ def trl_trainer(args, folder: str) -> float:
             self.last = clock()
             self.first = self.first or self.last
 
-    clock = Clock()
-    SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, callbacks=[clock]).train()
-    return clock.last - clock.first
+    steps = Clock()
+    SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, callbacks=[steps]).train()
+    return steps.last - steps.first
 
 
 def one_side(args) -> None:
