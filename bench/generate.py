@@ -2,8 +2,9 @@
 
 The sides take turns in one process, `--rounds` times (continuous batching, the slowest here, once); the medians are compared.
 The peers get 32 rows at a time in the order of the data set. With one thread CPU seconds are counted (a busy machine changes
-little), else wall time. The limit is the model's matrix products alone, at their measured rate: 512 rows at a time for prompt
-tokens, 64 for generated ones; no attention, no padding. Once for every prompt token, and once without what prompts share.
+little), else wall time. The limit is the model's matrix products alone, as measured here, without attention or padding: prompt
+tokens at the rate of 512 rows at a time (once all of them, once without what prompts share), then every row decoding beside
+the others, where a step takes its rows at the rate of 64, and never less than one row, which is to read all weights.
 
     python bench/generate.py --model models/SmolLM2-135M-Instruct --gsm8k data/gsm8k/train.jsonl --out runs/bench
 """
@@ -122,7 +123,7 @@ def distinct(prompts: list[list[int]]) -> int:
 def measure(model, tokenizer, template: str, rows: list[Example], new: int, rounds: int) -> dict:
     """Medians, ratio, and share of the limit of one workload."""
     prompts = [chat_ids(tokenizer, prompt(template, row)) for row in rows]
-    read, write = row_seconds(model, 512, head=False), row_seconds(model, 64, head=True)
+    read, write, step = (row_seconds(model, n, head) for n, head in ((512, False), (64, True), (1, True)))
     times, answers = {name: [] for name in SIDES}, {}
     for number in range(rounds):
         for name, side in SIDES.items():
@@ -134,7 +135,8 @@ def measure(model, tokenizer, template: str, rows: list[Example], new: int, roun
     seconds = {name: statistics.median(spent) for name, spent in times.items()}
     generated, prompt_tokens = sum(map(len, answers["ours"])), sum(map(len, prompts))
     differ = {name: sum(a != b for a, b in zip(answers["ours"], found, strict=True)) for name, found in answers.items()}
-    floor = generated * write
+    live = [sum(len(answer) > t for answer in answers["ours"]) for t in range(max(map(len, answers["ours"])))]
+    floor = sum(max(step, n * write) for n in live)
     return {
         "prompts": len(prompts), "prompt tokens": prompt_tokens, "distinct": distinct(prompts), "generated": generated,
         "seconds": seconds, "rounds": times, "answers that differ": differ,
@@ -142,6 +144,7 @@ def measure(model, tokenizer, template: str, rows: list[Example], new: int, roun
         "ratio": seconds[PEER] / seconds["ours"],
         "limit": {"every prompt token": floor + prompt_tokens * read, "shared once": floor + distinct(prompts) * read},
         "GFLOP/s": {"512 rows": flops(model, head=False) / read / 1e9, "64 rows": flops(model, head=True) / write / 1e9},
+        "GB/s": flops(model, head=True) / 2 * model.dtype.itemsize / step / 1e9,
     }
 
 
@@ -163,7 +166,7 @@ def table(results: dict) -> str:
                          f"{case['seconds'][PEER] / spent:.2f} | {' | '.join(percent)} | "
                          f"{case['answers that differ'][side]} |")
         rates = ", ".join(f"{rate:.0f} GFLOP/s at {rows}" for rows, rate in case["GFLOP/s"].items())
-        lines.append(f"| {name} | | measured matrix products | | | | {rates} | | |")
+        lines.append(f"| {name} | | measured matrix products | | | | {rates}; {case['GB/s']:.0f} GB/s at 1 | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -173,9 +176,9 @@ def main() -> None:
     parser.add_argument("--xquad", type=Path, default=ROOT / "examples/reading.json", help="SQuAD-format JSON (%(default)s)")
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's train.jsonl (left out: no GSM8K)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="for generate.json, generate.md (%(default)s)")
-    parser.add_argument("--reading", type=int, default=48, help="prompts of each of both kinds of reading (%(default)s)")
+    parser.add_argument("--reading", type=int, default=96, help="prompts of each kind of reading, at most (%(default)s)")
     parser.add_argument("--reading-tokens", type=int, default=96, help="new tokens at most (%(default)s)")
-    parser.add_argument("--problems", type=int, default=48, help="GSM8K prompts (%(default)s)")
+    parser.add_argument("--problems", type=int, default=64, help="GSM8K prompts (%(default)s)")
     parser.add_argument("--problem-tokens", type=int, default=256, help="new tokens at most (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="(torch's choice)")
