@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import math
+import random
 import re
 import tarfile
 import zipfile
@@ -230,9 +231,9 @@ class Document:
         return self.row.get("subject", self.benchmark)
 
 
-def documents(name: str, data_dir: Path, limit: int | None, num_fewshot: int) -> list[Document]:
-    """A benchmark's documents: the first `limit` of each task, as in the harness. InputError names a bad row."""
-    benchmark, taken, found = BENCHMARKS[name], defaultdict(int), []
+def documents(name: str, data_dir: Path, limit: int | None, num_fewshot: int, sampled: bool = False) -> list[Document]:
+    """A benchmark's documents, of each task the `limit` that `chosen` takes. InputError names a bad row."""
+    benchmark, found = BENCHMARKS[name], []
     shots = mmlu_shots(data_dir, num_fewshot) if name == "mmlu" and num_fewshot else defaultdict(list)
     rows, path = rows_of(benchmark.file, data_dir, benchmark.fields), data_dir / benchmark.file
     for index, (row, line) in enumerate(zip(rows, line_numbers(path), strict=True)):
@@ -242,11 +243,16 @@ def documents(name: str, data_dir: Path, limit: int | None, num_fewshot: int) ->
             benchmark.metrics(row, np.zeros(len(options)))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{where}: not a row of {name} ({error!r})") from None
-        document = Document(name, index, row, options, where)
-        taken[document.task] += 1
-        if limit is None or taken[document.task] <= limit:
-            found.append(document)
-    return found
+        found.append(Document(name, index, row, options, where))
+    return chosen(found, limit, sampled)
+
+
+def chosen(found: list[Document], limit: int | None, sampled: bool) -> list[Document]:
+    """Of each task the first `limit`, as in the harness; or `sampled`, a seeded draw that only grows with the limit."""
+    tasks = defaultdict(list)
+    for document in random.Random(0).sample(found, len(found)) if sampled else found:
+        tasks[document.task].append(document)
+    return sorted((document for task in tasks.values() for document in task[:limit]), key=lambda document: document.index)
 
 
 def mmlu_shots(data_dir: Path, k: int) -> dict[str, list[dict]]:
@@ -264,13 +270,13 @@ def mmlu_shots(data_dir: Path, k: int) -> dict[str, list[dict]]:
 
 
 def score(model, tokenizer, names, data_dir, out_dir, limit=None, num_fewshot=0, apply_chat_template=False,
-          add_bos=False) -> tuple[dict, list[dict]]:
+          add_bos=False, sampled=False) -> tuple[dict, list[dict]]:
     """Score a model on the benchmarks `names` -> (scores, the samples that they are the means of, in document order).
 
     Scores: {name: {metric: value, metric_stderr: value, n}}; MMLU also by "subjects". A sample is one document: the
     log-likelihoods of its options (TruthfulQA: of mc1's, then of mc2's), the option chosen, the gold, its metrics. Each is
     appended to samples_path(...) as it is done, and is not scored again by a later call.
-    `limit`: the first documents of each task (for MMLU, of each subject). `num_fewshot`: of MMLU; the others are zero-shot.
+    `limit`: documents of each task (for MMLU, of each subject), the first ones or a random sample. `num_fewshot`: of MMLU.
     InputError: unknown names, bad data, samples of another model in out_dir.
     """
     data_dir = Path(data_dir)
@@ -282,7 +288,7 @@ def score(model, tokenizer, names, data_dir, out_dir, limit=None, num_fewshot=0,
     if add_bos and tokenizer.bos_token is None:
         raise InputError("--add-bos: this model's tokenizer has no BOS token")
     with ranks.rank_0_first():  # it downloads what is missing
-        wanted = {(x.benchmark, x.index): x for name in names for x in documents(name, data_dir, limit, num_fewshot)}
+        wanted = {(x.benchmark, x.index): x for name in names for x in documents(name, data_dir, limit, num_fewshot, sampled)}
     path = samples_path(Path(out_dir), num_fewshot, apply_chat_template, add_bos)
     check_model(model, path.with_suffix(".config.json"))
     rows = resume_jsonl(path)

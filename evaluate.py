@@ -380,7 +380,7 @@ def machine(model) -> dict:
 def score_benchmarks(model, tokenizer, folder: Path, args) -> tuple[dict, list[dict]]:
     """(scores on args.benchmarks (Table 4), each document's), the latter kept in `folder`/samples.jsonl too."""
     return benchmarks.score(model, tokenizer, args.benchmarks, args.data, folder, args.limit, args.num_fewshot,
-                            args.apply_chat_template, args.add_bos)
+                            args.apply_chat_template, args.add_bos, args.sampled)
 
 
 def benchmark_run(model, tokenizer, run: Path, name: str, base_samples: list[dict] | None, args) -> tuple[dict, list[dict]]:
@@ -419,6 +419,7 @@ def parse(argv=None):
     general.add_argument("--dtype", choices=("bfloat16", "float32"),
                          help="with --model (default: bfloat16 on cuda, else float32)")
     general.add_argument("--limit", type=count, help="only the first N documents (of MMLU: of each subject)")
+    general.add_argument("--sampled", action="store_true", help="with --limit: N at random, the same for every model")
     general.add_argument("--num-fewshot", type=int, choices=range(6), default=0, metavar="K",
                          help="solved MMLU questions shown, 0 to 5 (%(default)s)")
     general.add_argument("--apply-chat-template", action="store_true", help="ask in the model's chat template")
@@ -432,6 +433,8 @@ def parse(argv=None):
         raise InputError("--adapter and --dtype go with --model; a run's own are in its folder")
     if not args.benchmarks and (args.limit or args.num_fewshot or args.apply_chat_template or args.add_bos):
         raise InputError("--limit, --num-fewshot, --apply-chat-template and --add-bos go with --benchmarks")
+    if args.sampled and not args.limit:
+        raise InputError("--sampled goes with --limit")
     if args.task == "custom":
         raise InputError("--task custom: only a built-in task can be measured on a run that was trained on another")
     return args

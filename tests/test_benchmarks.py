@@ -397,6 +397,16 @@ def test_limit_takes_the_first_documents_of_every_task(llama, tokenizer, data_di
     assert [row["index"] for row in samples if row["benchmark"] == "mmlu"] == [0, 1, 5, 6]
 
 
+def test_a_sample_is_always_the_same_and_grows(llama, tokenizer, data_dir, tmp_path):
+    found = [benchmarks.documents("mmlu", data_dir, limit, 0, sampled=True) for limit in (2, 2, 3, None)]
+    indices = [[document.index for document in part] for part in found]
+    assert indices[0] == indices[1] == sorted(indices[0]) and indices[0] != [0, 1, 5, 6]
+    assert set(indices[0]) < set(indices[2]) and len(indices[2]) == 6 and indices[3] == list(range(10))
+    assert [document.task for document in found[0]] == [found[3][0].task] * 2 + [found[3][-1].task] * 2
+    _, samples = score(llama, tokenizer, ["mmlu"], data_dir, tmp_path / "out", limit=2, sampled=True)
+    assert [row["index"] for row in samples] == indices[0]
+
+
 def test_samples_are_those_of_the_documents_asked_for(llama, tokenizer, data_dir, tmp_path):
     """Also where the file holds more, from an earlier call: the drop is computed over what the scores are of."""
     score(llama, tokenizer, ["winogrande", "hellaswag"], data_dir, tmp_path / "out", limit=4)
