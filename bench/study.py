@@ -30,7 +30,7 @@ XQUAD = "https://raw.githubusercontent.com/google-deepmind/xquad/master/xquad.en
 SHARES = {"train": 0.5, "val": 0.125, "test": 0.375}  # of the articles
 ARTICLES = 36  # the first of XQuAD's 48
 METHODS = ["sft", "sdft", "ssr", "s3ft", "rft"]
-LIMITS = {"mmlu": 2, "truthfulqa,hellaswag": 120, "winogrande": 300}  # documents; of MMLU, of each of the 57 subjects
+LIMITS = {"mmlu": 1, "truthfulqa,hellaswag": 100, "winogrande": 200}  # documents; of MMLU, of each of the 57 subjects
 
 CHOICES = {  # what the paper is silent on, and its learning rate: S3FT with seed 0 and one change
     "batch 4, twice the steps": lambda args: [
