@@ -37,6 +37,8 @@ def row_attention(module, query, key, value, attention_mask, row_lengths=None, s
 
     Where `shared` > 0, the first row holds that many tokens which every other row begins with, and attends to.
     """
+    if row_lengths is None and attention_mask is not None:
+        return masked_attention(query, key, value, attention_mask, **kwargs)
     if row_lengths is None or kwargs.get("sliding_window"):  # not packed, or the mask says more than "causal"
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows = list(zip(*(states.split(row_lengths, dim=2) for states in (query, key, value)), strict=True))
@@ -47,6 +49,18 @@ def row_attention(module, query, key, value, attention_mask, row_lengths=None, s
         masks[1:] = [torch.ones(n, shared + n, dtype=torch.bool, device=key.device).tril(shared) for n in row_lengths[1:]]
     outputs = [sdpa_attention_forward(module, *row, mask, **kwargs)[0] for row, mask in zip(rows, masks, strict=True)]
     return torch.cat(outputs, dim=1), None
+
+
+def masked_attention(query, key, value, mask, scaling=None, dropout=0.0, **_):
+    """Attention under `mask` `[rows, 1, width, length]`; query `[rows, heads, width, head_dim]`.
+
+    The heads that share a key head ask as so many queries more of it, so that no key is copied for each of them.
+    """
+    (rows, heads, width, _), kv_heads = query.shape, key.shape[1]
+    grouped = query.reshape(rows, kv_heads, heads // kv_heads * width, -1)
+    mask = mask.repeat(1, 1, heads // kv_heads, 1)
+    output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=scaling)
+    return output.reshape(rows, heads, width, -1).transpose(1, 2), None
 
 
 AttentionInterface.register("rows", row_attention)

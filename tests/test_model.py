@@ -7,7 +7,8 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, GemmaConfig, Llama
                           Qwen3Config)
 
 from data import InputError
-from model import HeadLoss, common_prefix, load_model, log_probs, packs, plain_head, target_logits, target_loss
+from model import (HeadLoss, common_prefix, load_model, log_probs, masked_attention, packs, plain_head, target_logits,
+                   target_loss)
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0)
@@ -63,6 +64,18 @@ def test_a_shared_prefix_is_computed_once():
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
     target_logits(model, PREFIXED, share_prefix=True)
     assert lengths == [sum(len(ids) for ids, _ in PREFIXED) - 3 * 4]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_masked_attention_is_that_of_repeated_heads(kv_heads):
+    query, key, value = (torch.randn(3, heads, n, 8) for heads, n in ((6, 4), (kv_heads, 9), (kv_heads, 9)))
+    hidden = torch.rand(3, 1, 4, 9) < 0.4
+    hidden[..., 0] = False
+    mask = torch.zeros(3, 1, 4, 9).masked_fill(hidden, torch.finfo(torch.float32).min)
+    repeated = (states.repeat_interleave(6 // kv_heads, 1) for states in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, mask, scale=0.3)
+    output, _ = masked_attention(query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize(("rows", "shared"), [
