@@ -51,6 +51,7 @@ def one_a_passage(rows: list[Example]) -> list[Example]:
 
 
 def ours(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]]:
+    model.set_attn_implementation("rows")  # as load_model does
     found = dict(generate(model, tokenizer, prompts, new))
     return [found[i].tokens for i in range(len(prompts))]
 
@@ -59,6 +60,7 @@ def ours(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]
 def peer(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]]:
     """transformers' generate, left-padded batches in the order given."""
     end = tokenizer.eos_token_id
+    model.set_attn_implementation("sdpa")
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
     found = []
     for batch in (prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)):
@@ -74,6 +76,7 @@ def peer(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]
 def continuous(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]]:
     """transformers' continuous batching, with pages for 32 rows (its own choice is all free memory)."""
     end = tokenizer.eos_token_id
+    model.set_attn_implementation("sdpa")
     config = GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=False, max_new_tokens=new)
     blocks = BATCH * -(-(max(map(len, prompts)) + new) // PAGE)
     pages = transformers.ContinuousBatchingConfig(page_size=PAGE, num_blocks=blocks, max_batch_tokens=512)
