@@ -88,7 +88,7 @@ bench-gpu: $(VENV)/ready
 fuzz: $(VENV)/ready-dev
 	$(PY) tests/fuzz.py $(FLAGS)
 
-# Two hours on 2 CPU cores. Smaller: make study FLAGS="--seeds 1 --steps 6 --train 48 --test 48".
+# Two hours on 2 CPU cores. Smaller: make study FLAGS="--seeds 1 --steps 6 --train 48 --test 48 --documents 10 --out runs/small".
 XQUAD := $(DATA)/xquad/xquad.en.json
 study: $(VENV)/ready $(SMOL)/config.json
 	$(PY) bench/study.py --model $(SMOL) --data $(DATA) --xquad $(XQUAD) $(FLAGS)

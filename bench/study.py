@@ -30,7 +30,6 @@ XQUAD = "https://raw.githubusercontent.com/google-deepmind/xquad/master/xquad.en
 SHARES = {"train": 0.5, "val": 0.125, "test": 0.375}  # of the articles
 ARTICLES = 36  # the first of XQuAD's 48
 METHODS = ["sft", "sdft", "ssr", "s3ft", "rft"]
-LIMITS = {"mmlu": 1, "truthfulqa,hellaswag": 100, "winogrande": 200}  # documents; of MMLU, of each of the 57 subjects
 
 CHOICES = {  # what the paper is silent on, and its learning rate: S3FT with seed 0 and one change
     "batch 4, twice the steps": lambda args: [
@@ -63,7 +62,8 @@ def run_all(args) -> None:
     for seed in range(args.seeds):
         for method in METHODS:
             train(args, args.out, method, f"{method}-{seed}", [f"--seed={seed}"])
-    for names, limit in LIMITS.items():
+    n = args.documents
+    for names, limit in (("mmlu", max(1, n // 100)), ("truthfulqa,hellaswag", n), ("winogrande", 2 * n)):
         run("evaluate.py", f"--out={args.out}", f"--data={args.data}", f"--benchmarks={names}", f"--limit={limit}", "--sampled")
     if args.choices:
         run_choices(args)
@@ -327,6 +327,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="ten times the paper's, for a 400th of its steps")
     for split, size in (("train", 96), ("val", 32), ("test", 128)):
         parser.add_argument(f"--{split}", type=int, default=size, help="rows (%(default)s)")
+    parser.add_argument("--documents", type=int, default=100,
+                        help="of TruthfulQA and HellaSwag, twice that of WinoGrande, of MMLU 57 a 100 (%(default)s)")
     args = parser.parse_args()
     kept = args.docs / "study" / "results.json"
     if not args.report_only:
