@@ -328,7 +328,7 @@ def main() -> None:
     for split, size in (("train", 96), ("val", 32), ("test", 128)):
         parser.add_argument(f"--{split}", type=int, default=size, help="rows (%(default)s)")
     parser.add_argument("--documents", type=int, default=100,
-                        help="of TruthfulQA and HellaSwag, twice that of WinoGrande, of MMLU 57 a 100 (%(default)s)")
+                        help="of TruthfulQA and HellaSwag; WinoGrande twice, MMLU half as many (%(default)s)")
     args = parser.parse_args()
     kept = args.docs / "study" / "results.json"
     if not args.report_only:
