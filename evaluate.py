@@ -418,7 +418,7 @@ def parse(argv=None):
     general.add_argument("--adapter", type=Path, metavar="FOLDER", help="with --model: an adapter in PEFT's format")
     general.add_argument("--dtype", choices=("bfloat16", "float32"),
                          help="with --model (default: bfloat16 on cuda, else float32)")
-    general.add_argument("--limit", type=count, help="only the first N documents (of MMLU: of each subject)")
+    general.add_argument("--limit", type=count, help="only N documents, the first ones (of MMLU: of each subject)")
     general.add_argument("--sampled", action="store_true", help="with --limit: N at random, the same for every model")
     general.add_argument("--num-fewshot", type=int, choices=range(6), default=0, metavar="K",
                          help="solved MMLU questions shown, 0 to 5 (%(default)s)")

@@ -15,9 +15,7 @@ Why it is fast, in plain PyTorch:
    is asked about five times, a prompt that is sampled ten times).
 4. There is no padding. Rows that are read together all forward their last `width` tokens: where a row has fewer new ones,
    it computes a few of the shared ones again.
-5. Where few rows are left, a row that repeats what it has read or said (a paraphrase, a quote, a loop) takes several tokens
-   at once: those that followed its last three tokens before are forwarded too, and kept as far as the model chooses the same.
-6. The number of slots follows from a memory budget. Running out of memory halves it and loses no row.
+5. The number of slots follows from a memory budget. Running out of memory halves it and loses no row.
 """
 
 import hashlib
@@ -38,9 +36,7 @@ from files import InputError
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}  # the most that one forward reads: bounds its activations
 REFILL_TOKENS = 512  # reading this many uses the machine well, so it need not wait for more free slots
 FAMILY_TOKENS = 32  # a family has a forward of its own if that saves at least this many tokens
-DRAFT_TOKENS = {"cpu": 32, "cuda": 256}  # a decode step of this many tokens takes hardly longer than one of a few
-NGRAM = 3  # tokens that must have been there before for what followed them to be tried again
-CPU_SHARE = 1 / 8  # of the machine's memory: default budget for keys and values off the GPU
+CPU_GIB = 2.0  # default budget for keys and values off the GPU
 FALLBACK_BATCH = 32
 
 
@@ -83,21 +79,6 @@ class Row:
     family: int = -1  # rows of one family share their first `shared` tokens; -1: only what all prompts share
     shared: int = 0
 
-    def draft(self, most: int) -> list[int]:
-        """What followed the last NGRAM tokens when the row had them before: at most `most` tokens, none if it never did."""
-        tokens, most = self.tokens, min(most, self.limit - len(self.tokens) - 1)
-        for end in range(len(tokens) - 1, NGRAM - 1, -1) if most > 0 else ():
-            if tokens[end - 1] == tokens[-1] and tokens[end - NGRAM : end] == tokens[-NGRAM:]:
-                return tokens[end : end + most]
-        return []
-
-    def extend(self, chosen: list[int], draft: list[int], ending) -> Response | None:
-        """Take what the model chose, first and after each token of `draft`, as far as they agree; the response if it ended."""
-        for token, drafted in zip(chosen, [*draft, None], strict=True):
-            self.tokens.append(token)
-            if (response := ending(self)) or token != drafted:
-                return response
-
 
 def generate(
     model,
@@ -113,7 +94,7 @@ def generate(
 
     A response ends with any end-of-turn token, after the string `stop`, at `max_new_tokens`, or where the model's context
     is full (the last two: finished=False). `memory_gib` bounds the keys and values (default: 80 % of what is free on a
-    GPU, an eighth of the memory on the CPU). The model is in eval mode until the iterator is exhausted or closed.
+    GPU, 2 GiB on the CPU). The model is in eval mode until the iterator is exhausted or closed.
     ValueError: max_new_tokens < 1, an empty prompt, a prompt that fills the context (named by its index).
     """
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
@@ -260,14 +241,10 @@ def _slots(probe: DynamicCache, max_length: int, memory_gib: float | None) -> in
     """How many rows of `max_length` tokens the memory budget holds, at least 1."""
     tensors = [t for layer in probe.layers for t in (layer.keys, layer.values)]
     device, token_bytes = tensors[0].device, sum(t.numel() * t.element_size() for t in tensors)  # of the probe's token
-    if memory_gib:
-        budget = memory_gib * 2**30
-    elif device.type == "cuda":
+    if memory_gib is None and device.type == "cuda":
         torch.cuda.empty_cache()
-        budget = 0.8 * torch.cuda.mem_get_info(device)[0]
-    else:
-        budget = CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, int(budget / (token_bytes * max_length)) - 1)  # one holds the common prefix
+        memory_gib = 0.8 * torch.cuda.mem_get_info(device)[0] / 2**30
+    return max(1, int((memory_gib or CPU_GIB) * 2**30 / (token_bytes * max_length)) - 1)  # one holds the common prefix
 
 
 def _families(rows: list[Row], common: int) -> list[Row]:
@@ -291,7 +268,7 @@ def _families(rows: list[Row], common: int) -> list[Row]:
 
 
 def _decode(model, cache, queue, live, common, ending, sample) -> Iterator[tuple[int, Response]]:
-    """Read new rows in where slots are free, else generate the next token of every live row; hand out what has ended.
+    """Read new rows in where slots are free, else generate one token for every live row; hand out what has ended.
 
     `live[i]` sits in slot i. `queue` and `live` are the caller's, who finds every unfinished row there after an error.
     """
@@ -299,20 +276,16 @@ def _decode(model, cache, queue, live, common, ending, sample) -> Iterator[tuple
         _forward(model, cache, cache.slots, [common], len(common))
     while queue or live:
         first, group = len(live), _admit(queue, len(live), cache.slots, PREFILL_TOKENS.get(model.device.type, 1024))
-        live += group
         if group:
-            drafts, logits = [[] for _ in group], _prefill(model, cache, live, first, len(common))
+            live += group
+            logits = _prefill(model, cache, live, first, len(common))
         else:
-            first, width = 0, DRAFT_TOKENS.get(model.device.type, 0) // len(live)
-            drafts = [row.draft(width - 1) for row in live]
-            width = 1 + max(map(len, drafts))
-            sequences = [row.tokens + draft for row, draft in zip(live, drafts, strict=True)]
-            logits = _forward(model, cache, 0, sequences, width, keep=width)
-        chosen = _choose(logits, live[first:], drafts, sample)
-        responses = [row.extend(tokens, draft, ending) for row, tokens, draft in zip(live[first:], chosen, drafts, strict=True)]
+            first, logits = 0, _forward(model, cache, 0, [row.tokens for row in live], 1)
+        for row, token in zip(live[first:], _choose(logits, live[first:], sample), strict=True):
+            row.tokens.append(token)
         slots = list(range(len(live)))
         for slot in reversed(range(first, len(live))):  # backwards: the row that moves has been looked at already
-            if response := responses[slot - first]:
+            if response := ending(live[slot]):
                 yield live[slot].index, response
                 live[slot], slots[slot] = live[-1], slots[-1]
                 live.pop(), slots.pop()
@@ -354,9 +327,8 @@ def _prefill(model, cache: SlotCache, live: list[Row], first: int, common: int) 
     return _forward(model, cache, first, [r.tokens for r in group], max(len(r.tokens) - r.shared for r in group))
 
 
-def _forward(model, cache: SlotCache, first: int, sequences: list[list[int]], width: int, keep: int = 1) -> torch.Tensor:
-    """Forward the sequences' last `width` tokens, one sequence a slot from `first` on; logits of the last `keep`,
-    `[rows, keep, vocabulary]`.
+def _forward(model, cache: SlotCache, first: int, sequences: list[list[int]], width: int) -> torch.Tensor:
+    """Forward the last `width` tokens of the sequences, one a slot from `first` on; logits `[rows, vocabulary]` at the end.
 
     What comes before them is in the cache. A sequence shorter than `width` repeats its first token, in place.
     """
@@ -369,28 +341,22 @@ def _forward(model, cache: SlotCache, first: int, sequences: list[list[int]], wi
         attention_mask=cache.aim(first, positions, max(map(len, sequences))),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=keep,
+        logits_to_keep=1,
     )
-    return output.logits[:, -keep:]
+    return output.logits[:, -1]
 
 
-def _choose(logits: torch.Tensor, rows: list[Row], drafts: list[list[int]], sample: Sampling | None) -> list[list[int]]:
-    """Each row's next token, and the one after each token of its draft, from logits `[rows, width, vocabulary]`."""
-    tokens = logits.argmax(-1) if sample is None else _sampled(logits, rows, drafts, sample)
-    return [chosen[-1 - len(draft) :] for chosen, draft in zip(tokens.tolist(), drafts, strict=True)]
-
-
-def _sampled(logits: torch.Tensor, rows: list[Row], drafts: list[list[int]], sample: Sampling) -> torch.Tensor:
-    """A token after each position, `[rows, width]`: where the row's number for that position falls in the summed-up odds."""
+def _choose(logits: torch.Tensor, rows: list[Row], sample: Sampling | None) -> list[int]:
+    """The next token of each row, from logits `[rows, vocabulary]`, in one transfer off the device."""
+    if sample is None:
+        return logits.argmax(-1).tolist()
     probs, ids = torch.softmax(logits.float() / sample.temperature, -1).sort(descending=True, stable=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= sample.top_p, 0)  # the smallest set of mass top_p
     mass = probs.cumsum(-1)
-    ends = [len(row.tokens) + len(draft) - row.start for row, draft in zip(rows, drafts, strict=True)]
-    uniforms = [[sample.uniform(row.index, end - back) for back in reversed(range(logits.shape[1]))]
-                for row, end in zip(rows, ends, strict=True)]
-    rank = (mass <= torch.tensor(uniforms, device=mass.device)[..., None] * mass[..., -1:]).sum(-1, keepdim=True)
+    uniforms = [[sample.uniform(row.index, len(row.tokens) - row.start)] for row in rows]
+    rank = (mass <= torch.tensor(uniforms, device=mass.device) * mass[:, -1:]).sum(-1, keepdim=True)
     rank = torch.minimum(rank, (probs > 0).sum(-1, keepdim=True) - 1)  # rounding can point past the set
-    return ids.gather(-1, rank).squeeze(-1)
+    return ids.gather(-1, rank).flatten().tolist()
 
 
 def _fallback(model, rows, ending, sample) -> Iterator[tuple[int, Response]]:
@@ -436,5 +402,5 @@ class _Draw(LogitsProcessor):
         self.rows, self.sample = rows, sample
 
     def __call__(self, input_ids, scores):
-        drawn = _sampled(scores[:, None], self.rows, [[] for _ in self.rows], self.sample)
+        drawn = torch.tensor(_choose(scores, self.rows, self.sample), device=scores.device)[:, None]
         return torch.full_like(scores, float("-inf")).scatter(1, drawn, 0.0)

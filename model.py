@@ -35,9 +35,10 @@ Row = tuple[list[int], list[bool]]  # (ids, is_target), both [length]; see data.
 def row_attention(module, query, key, value, attention_mask, row_lengths=None, shared=0, **kwargs):
     """Causal attention inside each packed row; query, key, value `[1, heads, sum of lengths, head_dim]`.
 
-    Where `shared` > 0, the first row holds that many tokens which every other row begins with, and attends to.
+    Where `shared` > 0, the first row holds that many tokens which every other row begins with, and attends to. Rows that are
+    not packed come from generate.py, with a mask.
     """
-    if row_lengths is None and attention_mask is not None:
+    if row_lengths is None and attention_mask is not None and kwargs.keys().isdisjoint(UNUSUAL):
         return masked_attention(query, key, value, attention_mask, **kwargs)
     if row_lengths is None or kwargs.get("sliding_window"):  # not packed, or the mask says more than "causal"
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -51,6 +52,9 @@ def row_attention(module, query, key, value, attention_mask, row_lengths=None, s
     return torch.cat(outputs, dim=1), None
 
 
+UNUSUAL = ("softcap", "position_bias", "s_aux")  # what changes the scores: transformers' own attention knows, or refuses
+
+
 def masked_attention(query, key, value, mask, scaling=None, dropout=0.0, **_):
     """Attention under `mask` `[rows, 1, width, length]`; query `[rows, heads, width, head_dim]`.
 
@@ -60,7 +64,7 @@ def masked_attention(query, key, value, mask, scaling=None, dropout=0.0, **_):
     grouped = query.reshape(rows, kv_heads, heads // kv_heads * width, -1)
     mask = mask.repeat(1, 1, heads // kv_heads, 1)
     output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=scaling)
-    return output.reshape(rows, heads, width, -1).transpose(1, 2), None
+    return output.reshape(rows, heads, width, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("rows", row_attention)

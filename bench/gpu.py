@@ -25,7 +25,7 @@ import lora  # noqa: E402
 import s3ft  # noqa: E402
 from bench.memory import SHAPES  # noqa: E402
 from files import exit_cleanly, write_json, write_text  # noqa: E402
-from generate import DRAFT_TOKENS, Ending, Row, SlotCache, _forward, _generate, _probe, _slots  # noqa: E402
+from generate import Ending, Row, SlotCache, _forward, _generate, _probe, _slots  # noqa: E402
 from model import best_device, peak_memory_gib  # noqa: E402
 
 TINY = SHAPES["mistral-7b"] | dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -96,7 +96,7 @@ def decode_step(model, slots: int, limits: dict) -> dict:
     cache, rows = SlotCache(probe, slots, CONTEXT + 1), [[3] * CONTEXT for _ in range(slots)]
     for _ in range(3):
         _forward(model, cache, 0, rows, 1)
-    spent = min(seconds(model.device, lambda: _forward(model, cache, 0, rows, 1)[0, 0, 0].item()) for _ in range(10))
+    spent = min(seconds(model.device, lambda: _forward(model, cache, 0, rows, 1)[0, 0].item()) for _ in range(10))
     token_bytes = sum(t.nbytes for layer in probe.layers for t in (layer.keys, layer.values))
     weights = weights_of(model)
     memory = (weights * model.dtype.itemsize + slots * CONTEXT * token_bytes) / limits["bytes/s"]
@@ -107,7 +107,6 @@ def decode_step(model, slots: int, limits: dict) -> dict:
 def ours(model, rows: list[Row]) -> float:
     """Generated tokens a second of generate.py, every response ending at its row's limit."""
     model.set_attn_implementation("rows")
-    DRAFT_TOKENS.clear()  # random weights repeat themselves, and so would be faster than real ones
     tokenizer = SimpleNamespace(eos_token_id=None, chat_template=None, decode=lambda *_, **__: "")
     ending, made = Ending(model, tokenizer, None), []
 

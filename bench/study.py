@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import BENCHMARKS, paired_interval  # noqa: E402
+from benchmarks import documents as documents_of  # noqa: E402
 from files import download, exit_cleanly, read_json, read_jsonl, write_json, write_jsonl, write_text  # noqa: E402
 from reading import pair_unanswerable, read_squad  # noqa: E402
 from records import Example  # noqa: E402
@@ -62,11 +63,15 @@ def run_all(args) -> None:
     for seed in range(args.seeds):
         for method in METHODS:
             train(args, args.out, method, f"{method}-{seed}", [f"--seed={seed}"])
-    n = args.documents
-    for names, limit in (("mmlu", max(1, n // 100)), ("truthfulqa,hellaswag", n), ("winogrande", 2 * n)):
+    for names, limit in limits(args.documents).items():
         run("evaluate.py", f"--out={args.out}", f"--data={args.data}", f"--benchmarks={names}", f"--limit={limit}", "--sampled")
     if args.choices:
         run_choices(args)
+
+
+def limits(n: int) -> dict[str, int]:
+    """How many documents of each benchmark; of MMLU, of each of its 57 subjects."""
+    return {"mmlu": max(1, n // 100), "truthfulqa,hellaswag": n, "winogrande": 2 * n}
 
 
 def run_choices(args) -> None:
@@ -105,10 +110,13 @@ def collect(args) -> dict:
     results = read_json(args.out / "results.json")
     results["settings"] = {name: getattr(args, name) for name in ("steps", "eval_every", "lr", "seeds")} | {
         split: len(read_jsonl(args.out / f"{split}.jsonl")) for split in SHARES}
+    wanted = {(name, x.index) for names, limit in limits(args.documents).items() for name in names.split(",")
+              for x in documents_of(name, args.data, limit, 0, sampled=True)}
     order, choices = [row["id"] for row in read_jsonl(args.out / "test.jsonl")], choices_folder(args.out)
     for name, model in results["models"].items():
         model["verdicts"] = verdict_marks(args.out / name, order)
-        samples = read_jsonl(args.out / name / "benchmarks" / "samples.jsonl")
+        samples = [row for row in read_jsonl(args.out / name / "benchmarks" / "samples.jsonl")
+                   if (row["benchmark"], row["index"]) in wanted]
         model["documents"] = {benchmark: [round(row["metrics"][BENCHMARKS[benchmark].headline], 4) for row in samples
                                           if row["benchmark"] == benchmark] for benchmark in BENCHMARKS}
         letters = [row["chosen"] for row in samples if row["benchmark"] == "mmlu"]
@@ -328,7 +336,7 @@ def main() -> None:
     for split, size in (("train", 96), ("val", 32), ("test", 128)):
         parser.add_argument(f"--{split}", type=int, default=size, help="rows (%(default)s)")
     parser.add_argument("--documents", type=int, default=100,
-                        help="of TruthfulQA and HellaSwag; WinoGrande twice, MMLU half as many (%(default)s)")
+                        help="of TruthfulQA and of HellaSwag; WinoGrande: twice, each MMLU subject: a 100th (%(default)s)")
     args = parser.parse_args()
     kept = args.docs / "study" / "results.json"
     if not args.report_only:

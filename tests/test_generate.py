@@ -334,48 +334,14 @@ def test_replaced_modules_are_used(tokenizer):
     assert got != before
 
 
-def test_a_draft_is_what_followed_the_last_three_tokens_before():
-    row = module.Row(0, [1, 2, 3, 9, 1, 2, 3, 4, 5, 6, 1, 2, 3], 4, 99)
-    assert row.draft(2) == [4, 5] and row.draft(9) == [4, 5, 6, 1, 2, 3]  # the last time, not the first
-    assert row.draft(0) == row.draft(-1) == [] and module.Row(0, [1, 2, 3, 4], 4, 99).draft(5) == []
-    assert module.Row(0, [7, 7, 7, 7], 1, 7).draft(9) == [7]
-    assert module.Row(0, row.tokens, 4, len(row.tokens) + 2).draft(9) == [4]  # one more token is chosen after it
-
-
-def test_a_row_takes_its_draft_as_far_as_the_model_agrees():
-    never = lambda row: None  # noqa: E731
-    for chosen, kept in (([4, 5, 6], [4, 5, 6]), ([4, 8, 6], [4, 8]), ([8, 5, 6], [8])):
-        row = module.Row(0, [1], 1, 99)
-        assert row.extend(chosen, [4, 5], never) is None and row.tokens == [1, *kept]
-    row = module.Row(0, [1], 1, 99)
-    assert row.extend([4, 5, 6], [4, 5], lambda row: "end" if row.tokens[-1] == 4 else None) == "end" and row.tokens == [1, 4]
-
-
-@pytest.mark.parametrize("sample", [None, Sampling(temperature=0.05, seed=3)])
-@pytest.mark.parametrize("n", [1, 7])
-def test_repetition_costs_fewer_forwards_and_changes_no_token(n, sample, tokenizer, monkeypatch):
-    """A model that looks back little goes round in circles, where no token ends a row."""
-    model, rows, steps = build(COVERED["llama"], seed=2), prompts(n, seed=2), []
-    for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.data *= 0.01
-    model.generation_config.eos_token_id = None
-    tokenizer = types.SimpleNamespace(eos_token_id=None, decode=tokenizer.decode)
-    model.register_forward_hook(lambda *_: steps.append(1))
-    drafted, fewer = dict(generate(model, tokenizer, rows, 160, sample=sample)), len(steps)
-    monkeypatch.setitem(module.DRAFT_TOKENS, "cpu", 0)
-    plain = dict(generate(model, tokenizer, rows, 160, sample=sample))
-    assert drafted == plain and len(plain[0].tokens) == 160
-    assert fewer < 0.8 * (len(steps) - fewer)
-
-
 def test_samples_follow_the_top_p_distribution():
     logits = torch.log(torch.tensor([[0.05, 0.5, 0.3, 0.15]]))
     rows = [module.Row(i, [0], 1, 9) for i in range(20000)]
-    drawn = module._sampled(logits.expand(20000, 1, 4), rows, [[]] * 20000, Sampling(temperature=1.0, top_p=0.8, seed=1))
-    share = torch.bincount(drawn.flatten(), minlength=4) / 20000
+    drawn = module._choose(logits.expand(20000, 4), rows, Sampling(temperature=1.0, top_p=0.8, seed=1))
+    share = torch.bincount(torch.tensor(drawn), minlength=4) / 20000
     assert torch.allclose(share, torch.tensor([0, 0.5 / 0.8, 0.3 / 0.8, 0]), atol=0.015)
-    hot = module._sampled(logits.expand(20000, 1, 4), rows, [[]] * 20000, Sampling(temperature=2.0, seed=1))
-    share = torch.bincount(hot.flatten(), minlength=4) / 20000
+    hot = module._choose(logits.expand(20000, 4), rows, Sampling(temperature=2.0, seed=1))
+    share = torch.bincount(torch.tensor(hot), minlength=4) / 20000
     assert torch.allclose(share, torch.softmax(logits[0] / 2, -1), atol=0.015)
     with pytest.raises(ValueError):
         Sampling(temperature=0)
