@@ -401,7 +401,7 @@ def test_a_sample_is_always_the_same_and_grows(llama, tokenizer, data_dir, tmp_p
     found = [benchmarks.documents("mmlu", data_dir, limit, 0, sampled=True) for limit in (2, 2, 3, None)]
     indices = [[document.index for document in part] for part in found]
     assert indices[0] == indices[1] == sorted(indices[0]) and indices[0] != [0, 1, 5, 6]
-    assert set(indices[0]) < set(indices[2]) and len(indices[2]) == 6 and indices[3] == list(range(10))
+    assert set(indices[0]) < set(indices[2]) and len(indices[2]) == 6 and indices[3] == list(range(12))
     assert [document.task for document in found[0]] == [found[3][0].task] * 2 + [found[3][-1].task] * 2
     _, samples = score(llama, tokenizer, ["mmlu"], data_dir, tmp_path / "out", limit=2, sampled=True)
     assert [row["index"] for row in samples] == indices[0]
