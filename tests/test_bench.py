@@ -96,7 +96,7 @@ def test_generation_beside_transformers_gives_the_same_answers(tiny, tmp_path):
 
 def test_training_beside_peft(tiny, tmp_path):
     """The script from end to end; what is not installed is skipped by name."""
-    script("train.py", f"--model={tiny}", "--steps=1", "--rounds=1", "--threads=1", "--targets=q,v", f"--out={tmp_path}")
+    script("train.py", f"--model={tiny}", "--steps=1", "--rounds=1", "--targets=q,v", f"--out={tmp_path}")
     results = read_json(tmp_path / "train.json")
     assert {"ours", "ours, prefix shared", "peft, plain loop"} <= set(results["cases"]["q,v"])
     assert set(results["cases"]["q,v"]) | set(results["skipped"]) == set(bench_train.SIDES)

@@ -7,8 +7,8 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, GemmaConfig, Llama
                           Qwen3Config)
 
 from data import InputError
-from model import (HeadLoss, common_prefix, load_model, log_probs, masked_attention, packs, plain_head, target_logits,
-                   target_loss)
+from model import (HeadLoss, common_prefix, load_model, log_probs, masked_attention, packs, plain_head, row_attention,
+                   target_logits, target_loss)
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0)
@@ -78,6 +78,12 @@ def test_masked_attention_is_that_of_repeated_heads(kv_heads):
         output, _ = masked_attention(query, key, value, given, scaling=0.3)
         torch.testing.assert_close(output, expected.transpose(1, 2))
         assert output.is_contiguous()  # some models take a view of it
+
+
+def test_scores_that_are_capped_are_left_to_transformers():
+    query, mask = torch.randn(2, 4, 3, 8), torch.zeros(2, 1, 3, 3)
+    with pytest.raises(ValueError, match="softcap"):
+        row_attention(torch.nn.Module(), query, query, query, mask, softcap=30.0)
 
 
 @pytest.mark.parametrize(("rows", "shared"), [
