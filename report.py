@@ -180,11 +180,11 @@ def optional_sections(results: dict) -> list[str]:
                   "Recall, modified recall (our definition), answerability: see `judges.reading_row`."]
     scores = {name: model["benchmarks"]["scores"] for name, model in models.items() if "benchmarks" in model}
     if "base" in scores:
+        halves = ", ".join(f"{name} {percent(found['mc1'])} and {percent(found['mc2'])}" for name, score in scores.items()
+                           if (found := score.get("truthfulqa")))
         parts += ["## General benchmarks (Table 4)", benchmarks_table(results),
-                  "`truthfulqa` is the mean of mc1 and mc2 (" + ", ".join(
-                      f"{name} {percent(found['mc1'])} and {percent(found['mc2'])}" for name, score in scores.items()
-                      if (found := score.get("truthfulqa"))) + "). Drops: on the same documents, intervals of paired "
-                  "differences."]
+                  *([f"`truthfulqa` is the mean of mc1 and mc2 ({halves})."] if halves else []),
+                  "Drops: on the same documents, intervals of paired differences."]
     if all("harness" in model for model in models.values()):
         parts += ["## GSM8K as lm-evaluation-harness reads it", markdown_table(
             ["method", "strict %", "flexible %"],
