@@ -73,13 +73,15 @@ def same_bits(a, b):
 
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_logits_and_gradients_equal_pefts(targets, dropout):
+def test_gradients_equal_pefts(targets, dropout):
     reference = theirs(targets, dropout)
     model = ours(targets, dropout=dropout, trained=False)
     lora.load_state_dict(model, peft.get_peft_model_state_dict(reference))
+    for layer in (m for m in reference.modules() if hasattr(m, "lora_dropout")):
+        layer.lora_dropout["default"].forward = lambda x: lora.dropout(x, dropout)  # our odds, to draw the same masks
     for m in (model, reference):
         m.train().zero_grad()
-        torch.manual_seed(3)  # the same dropout masks
+        torch.manual_seed(3)
         loss(m).backward()
     gradients = {n: p.grad for n, p in reference.named_parameters() if p.requires_grad}
     assert len(gradients) == len(lora.parameters(model)) == (8 if targets != "all-linear" else 28)
@@ -88,6 +90,13 @@ def test_logits_and_gradients_equal_pefts(targets, dropout):
             expected = gradients[f"base_model.model.{name}.{part}.default.weight"]
             assert expected.abs().max() > 1e-3
             torch.testing.assert_close(getattr(layer, part).grad, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+def test_logits_in_eval_mode_equal_pefts(targets):
+    reference = theirs(targets, dropout=0.3)
+    model = ours(targets, dropout=0.3, trained=False)
+    lora.load_state_dict(model, peft.get_peft_model_state_dict(reference))
     torch.testing.assert_close(logits(model.eval()), logits(reference.eval()), atol=1e-5, rtol=0)
 
 
@@ -206,6 +215,33 @@ def test_dropout_only_in_train_mode():
     assert not torch.equal(logits(model), logits(model))
     with lora.disabled(model):
         assert torch.equal(logits(model), logits(llama()))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_dropout_is_torchs_by_its_odds(p):
+    """Dropped with probability p at every one of the four places of an int64; what is kept is what F.dropout keeps."""
+    torch.manual_seed(0)
+    x = torch.rand(401, 1001) + 1  # an odd number of elements, none of them 0
+    found = lora.dropout(x, p)
+    kept = found != 0
+    assert found.shape == x.shape and not torch.equal(kept, lora.dropout(x, p) != 0)
+    torch.testing.assert_close(found[kept], x[kept] / (1 - p))
+    flat = kept.flatten()
+    for part in (flat[0::4], flat[1::4], flat[2::4], flat[3::4], flat[1:] & flat[:-1]):
+        odds = (1 - p) ** 2 if len(part) > len(flat) / 2 else 1 - p
+        assert abs(part.float().mean() - odds) < 5 * (odds * (1 - odds) / len(part)) ** 0.5 * 1.5  # neighbours overlap
+    assert lora.dropout(x.bfloat16(), p).dtype == torch.bfloat16
+    torch.manual_seed(1)
+    first = lora.dropout(x, p)
+    torch.manual_seed(1)
+    assert torch.equal(first, lora.dropout(x, p))
+
+
+def test_dropout_sends_gradients_through_what_it_kept():
+    x = torch.ones(7, 5, requires_grad=True)
+    found = lora.dropout(x, 0.4)
+    found.sum().backward()
+    assert torch.equal(x.grad, found)
 
 
 def test_the_start_depends_on_the_seed_alone():
