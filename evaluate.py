@@ -23,145 +23,26 @@ import argparse
 import hashlib
 import json
 import random
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import benchmarks
 import judges
 import lora
 import ranks
-import sandbox
+from answers import announce_sandbox, judged, read_responses, respond
 from audit import audit
-from data import Example, Task, chat_ids, load_task, prompt, training_ids
-from files import (InputError, add_rows, count, digests, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
+from data import Example, Task, load_task, prompt, training_ids
+from files import (InputError, count, digests, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
                    write_json)
-from generate import generate
-from model import context_length, load_model, log_probs, packs, peak_memory_gib, target_logits, usable_device
+from model import load_model, log_probs, packs, peak_memory_gib, target_logits, usable_device
 from records import EXAMPLES
 from report import write_benchmark_report, write_report
 from stats import mcnemar, wilson
-
-# ------------------------------------------------------------------------------------------------ answers and verdicts
-
-
-def encode_prompts(model, tokenizer, prompts: dict[str, str]) -> list[list[int]]:
-    """Token ids of every prompt (id -> user turn); a prompt that fills the model's context is named by its id."""
-    encoded = [chat_ids(tokenizer, text) for text in prompts.values()]
-    longest = context_length(model)
-    for name, ids in zip(prompts, encoded, strict=True):
-        if len(ids) >= longest:
-            raise InputError(f"row {name}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
-    return encoded
-
-
-def answers(model, tokenizer, prompts: dict[str, str], max_new_tokens: int, stop: str | None, label: str, sampling=None):
-    """Responses to `prompts` (id -> user turn) as rows {id, response, finished}, in the order in which they finish."""
-    names = list(prompts)
-    encoded = encode_prompts(model, tokenizer, prompts)
-    tokens, start = 0, time.monotonic()
-    with tqdm(total=len(names), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
-        for index, response in generate(model, tokenizer, encoded, max_new_tokens, stop, sample=sampling):
-            tokens += len(response.tokens)
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
-            bar.update()
-            yield {"id": names[index], "response": response.text, "finished": response.finished}
-
-
-def respond(model, tokenizer, prompts: dict[str, str], path: Path, max_new_tokens: int, stop: str | None = None,
-            sampling=None) -> dict[str, dict]:
-    """Responses kept in `path`, id -> row. What the file holds already, from an earlier run or another engine, is used."""
-
-    def make(names):
-        part, label = {name: prompts[name] for name in names}, f"{path.parent.name}/{path.stem}"
-        keyed = sampling and replace(sampling, keys=names)
-        return answers(model, tokenizer, part, max_new_tokens, stop, label, keyed)
-
-    rows = read_responses(path)
-    there = {row["id"] for row in rows}
-    todo = [name for name in prompts if name not in there]
-    rows = add_rows(path, rows, todo, make, lambda rows: in_order(rows, prompts))
-    by_id = {row["id"]: row for row in rows}
-    return {name: by_id[name] for name in prompts}
-
-
-def in_order(rows: list[dict], first) -> list[dict]:
-    """Rows by id, the last of each: those of `first` in its order, then the others, which this call was not asked about."""
-    by_id = {row["id"]: row for row in rows}
-    return [by_id[name] for name in (*first, *(name for name in by_id if name not in first))]
-
-
-def read_responses(path: Path) -> list[dict]:
-    rows, seen = resume_jsonl(path), set()
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("id"), str) or not isinstance(row.get("response"), str):
-            raise InputError(f"{path}, row {number}: needs the text fields 'id' and 'response'")
-        if row["id"] in seen:
-            raise InputError(f"{path}, row {number}: the id {row['id']!r} comes twice")
-        seen.add(row["id"])
-    return rows
-
-
-def judged(model, tokenizer, task: Task, rows: list[tuple[Example, str]], path: Path) -> dict[str, bool | None]:
-    """The judge's verdict on every (example, response), id -> accepted; None: a verdict that could not be read.
-
-    Kept in `path` with a digest of the response, so that a response that was replaced is judged anew.
-    """
-    digests = {x.id: hashlib.sha256(response.encode("utf-8", "surrogatepass")).hexdigest()[:16] for x, response in rows}
-
-    def make(part):
-        bar = tqdm(part, desc=f"{path.parent.name}/{path.stem}", unit="row")
-        for (x, _), accepted in zip(bar, judges.judge_all(task.judge, part, asker(model, tokenizer)), strict=True):
-            yield {"id": x.id, "accepted": accepted, "digest": digests[x.id]}
-
-    verdicts = resume_jsonl(path)
-    there = {row["id"] for row in verdicts if row["digest"] == digests.get(row["id"])}
-    todo = [(x, response) for x, response in rows if x.id not in there]
-    verdicts = add_rows(path, verdicts, todo, make, lambda verdicts: in_order(verdicts, digests))
-    by_id = {row["id"]: row["accepted"] for row in verdicts}
-    return {x.id: by_id[x.id] for x, _ in rows}
-
-
-def asker(model, tokenizer):
-    """What the LLM judge asks: the base model, also inside a trained one (the paper's NQ judge is the base model)."""
-
-    def ask(prompts: list[str]) -> list[str]:
-        encoded = encode_prompts(model, tokenizer, {f"{i} of the LLM judge": text for i, text in enumerate(prompts, 1)})
-        with lora.disabled(model):
-            replies = dict(generate(model, tokenizer, encoded, max_new_tokens=8))
-        return [replies[i].text for i in range(len(prompts))]
-
-    return ask
-
-
-def announce_sandbox(task: Task, mode: str) -> None:
-    """Where programs will be run: say which layers of isolation are in force. "strict" refuses to go below all of them."""
-    if task.judge != "code":
-        return
-    print(sandbox.describe(), file=sys.stderr, flush=True)
-    if mode == "strict":
-        try:
-            sandbox.require_all()
-        except RuntimeError as error:
-            raise InputError(str(error)) from None
-
-
-def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
-    """Accuracy of a model in training, by the task's judge; nothing is kept."""
-    mine = ranks.share(examples)
-    prompts = {x.id: prompt(task.train, x) for x in mine}
-    rows = answers(model, tokenizer, prompts, task.max_new_tokens, task.stop, "validation")
-    responses = {row["id"]: row["response"] for row in rows}
-    pairs = [(x, responses[x.id]) for x in mine]
-    correct, = ranks.totals(sum(map(bool, judges.judge_all(task.judge, pairs, asker(model, tokenizer)))))
-    return correct / len(examples)
-
 
 # ------------------------------------------------------------------------------------------------ drift and Fig. 2
 

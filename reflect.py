@@ -38,8 +38,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from answers import judged, read_responses, respond
 from data import Example, chat_ids, fill, prompt
-from evaluate import judged, read_responses, respond
 from files import InputError, exit_cleanly, fail, read_json, read_jsonl, write_json, write_jsonl
 from model import Row, context_length, load_model, token_log_probs
 

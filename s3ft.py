@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import lora
 import ranks
+from answers import announce_sandbox, encode_prompts, judged, respond, validate
 from data import CUSTOM_TASK, TASKS, Example, Task, prompt, training_ids
-from evaluate import announce_sandbox, encode_prompts, judged, respond, task_of, validate
+from evaluate import task_of
 from files import (InputError, amount, append_jsonl, count, digests, exit_cleanly, fail, locked, read_json, read_jsonl,
                    resume_jsonl, write_bytes, write_json, write_jsonl)
 from generate import Sampling

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import answers
 import evaluate
 import lora
 import s3ft
@@ -86,7 +87,7 @@ def test_the_llm_judge_asks_the_base_model_inside_a_trained_one(tuned, tiny):
     model, tokenizer = tuned
     base, _ = load_model(str(tiny), "cpu")
     prompts = ["Decision?", "Is 2 + 2 = 4?"]
-    assert evaluate.asker(model, tokenizer)(prompts) == evaluate.asker(base, tokenizer)(prompts)
+    assert answers.asker(model, tokenizer)(prompts) == answers.asker(base, tokenizer)(prompts)
     assert all(layer.enabled for layer in lora.layers(model).values())
 
 
@@ -94,7 +95,7 @@ def test_unreadable_verdicts_are_kept_apart_from_false_ones(loaded_run):
     """The tiny model answers the LLM judge with noise: None in the file, not accepted in the count."""
     run, task, test, model, tokenizer = loaded_run
     pairs = [(x, "4") for x in test]
-    found = evaluate.judged(model, tokenizer, task, pairs, run / "noise.judged.jsonl")
+    found = answers.judged(model, tokenizer, task, pairs, run / "noise.judged.jsonl")
     assert set(found.values()) == {None}
     assert [row["accepted"] for row in read_jsonl(run / "noise.judged.jsonl")] == [None] * len(test)
 
@@ -203,7 +204,7 @@ def test_evaluating_twice_makes_nothing_again(run, monkeypatch):
     evaluate.main([f"--out={run}", "--device=cpu"])
     before = {path: path.read_bytes() for path in run.rglob("*.jsonl")}
     (run / "results.json").unlink()
-    monkeypatch.setattr(evaluate, "generate", None)
+    monkeypatch.setattr(answers, "generate", None)
     monkeypatch.setattr(evaluate.judges, "judge_all", None)
     evaluate.main([f"--out={run}", "--device=cpu"])
     assert before == {path: path.read_bytes() for path in run.rglob("*.jsonl")}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import answers
 import evaluate
 import model as model_module
 import reflect
@@ -225,13 +226,13 @@ def test_real_scores_decide_without_a_script(loaded, given):
 
 def counting(monkeypatch):
     """Record how many prompts each call of the generator gets, and what they say; replies are short."""
-    made, real = [], evaluate.generate
+    made, real = [], answers.generate
 
     def generate(model, tokenizer, prompts, max_new_tokens, *args, **kwargs):
         made.append([tokenizer.decode(ids) for ids in prompts])
         return real(model, tokenizer, prompts, 5, *args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(answers, "generate", generate)
     return made
 
 
@@ -272,7 +273,7 @@ def test_another_teacher_writes_and_the_student_scores(loaded, tiny, tmp_path, m
         list(reflect.reflect(D[:1], Base(*loaded, tmp_path / name, teacher=teacher)))
         replies.append(read_jsonl(tmp_path / name / "reflect_instructions.jsonl")[0]["response"])
     ids = chat_ids(tokenizer, reflect.fill(REWRITE_BOTH, instruction=D[0].question, answer=D[0].answer))
-    assert replies[0] == dict(evaluate.generate(model, tokenizer, [ids], 5))[0].text != replies[1]
+    assert replies[0] == dict(answers.generate(model, tokenizer, [ids], 5))[0].text != replies[1]
     rows = [read_jsonl(tmp_path / name / "reflect.jsonl")[0]["scores"]["original"] for name in ("one", "two")]
     assert rows[0] == rows[1]
     with pytest.raises(InputError, match="were made by .*other, not by the base model"):

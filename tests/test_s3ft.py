@@ -476,7 +476,7 @@ def test_the_order_of_imports_is_downward():
     """Each module imports only modules above it in this list."""
     import ast
     order = ["ranks", "files", "records", "stats", "reading", "data", "generate", "sandbox_child", "sandbox", "judges", "lora",
-             "model", "likelihood", "benchmarks", "report", "audit", "evaluate", "reflect", "s3ft"]
+             "model", "likelihood", "benchmarks", "report", "audit", "answers", "reflect", "evaluate", "s3ft"]
     assert sorted(order) == sorted(path.stem for path in ROOT.glob("*.py"))
     for i, name in enumerate(order):
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
