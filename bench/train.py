@@ -38,7 +38,8 @@ RANK, ALPHA, DROPOUT, RATE = 8, 16, 0.1, 1e-4
 BATCH = 8
 TARGETS = {"q,v": ["q_proj", "v_proj"],
            "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
-SIDES = {"ours": (), "ours, prefix shared": (), "peft, plain loop": ("peft",), "trl SFTTrainer + peft": ("trl", "peft")}
+PEFT, TRL = "peft, plain loop", "trl SFTTrainer + peft"
+SIDES = {"ours": (), "ours, prefix shared": (), PEFT: ("peft",), TRL: ("trl", "peft")}
 
 
 def encoded_rows(tokenizer, args) -> list:
@@ -134,8 +135,8 @@ def trl_trainer(args, folder: str) -> float:
 def one_side(args) -> None:
     """A round of one side: its seconds and peak memory, as a line of JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        run = {"ours": ours, "ours, prefix shared": lambda args: ours(args, True), "peft, plain loop": peft_loop,
-               "trl SFTTrainer + peft": lambda args: trl_trainer(args, folder)}[args.side]
+        run = {"ours": ours, "ours, prefix shared": lambda args: ours(args, True), PEFT: peft_loop,
+               TRL: lambda args: trl_trainer(args, folder)}[args.side]
         print(json.dumps({"seconds": run(args), "peak_gib": peak_memory_gib()}))
 
 
@@ -160,15 +161,17 @@ def limit_seconds(args) -> tuple[float, int]:
 def table(results: dict) -> str:
     lines = [f"{results['model']}, {results['machine']}; batch {BATCH}, {results['tokens']} useful tokens, "
              f"medians of {results['rounds']}", "",
-             "| adapted | side | seconds | useful tokens/s | seconds over ours | % of limit | peak GiB |",
-             "|---|---|---|---|---|---|---|"]
+             "| adapted | side | seconds | useful tokens/s | times as fast as peft, trl | % of limit | peak GiB | of peft's |",
+             "|---|---|---|---|---|---|---|---|"]
     for targets, sides in results["cases"].items():
         for side, case in sides.items():
-            spent = case["seconds"]
+            spent, memory = case["seconds"], case["peak_gib"]
+            peers = [sides.get(name) for name in (PEFT, TRL)]
+            ratios = ", ".join(f"{peer['seconds'] / spent:.2f}" if peer else "-" for peer in peers)
+            share = f"{memory / peers[0]['peak_gib']:.2f}" if peers[0] else "-"
             percent = "" if "shared" in side else f"{100 * results['limit'] / spent:.0f}"
-            lines.append(f"| {targets} | {side} | {spent:.1f} | {results['tokens'] / spent:.0f} | "
-                         f"{spent / sides['ours']['seconds']:.2f} | {percent} | "
-                         f"{case['peak_gib']:.2f} |")
+            lines.append(f"| {targets} | {side} | {spent:.1f} | {results['tokens'] / spent:.0f} | {ratios} | {percent} | "
+                         f"{memory:.2f} | {share} |")
     return "\n".join([*lines, *(f"\nskipped: {side}, not installed" for side in results["skipped"])]) + "\n"
 
 
