@@ -1,7 +1,8 @@
-"""A model's answers and the judge's verdicts on them, kept in files: what selection, validation and evaluation stand on.
+"""A model's answers and the judge's verdicts on them: what selection, validation and evaluation stand on.
 
-`respond` asks the model (generate.py), `judged` asks the judge (judges.py). What a file holds already, from an earlier run or
-another engine, is not made again. An unreadable verdict of the LLM judge (8 tokens at most) is None, and counts as rejected.
+`respond` asks the model (generate.py), `judged` asks the judge (judges.py). Both keep what they got in a file, and what it
+holds already, from an earlier run or another engine, is not made again. `validate` does both in the middle of training and
+keeps nothing. An unreadable verdict of the LLM judge (8 tokens at most) is None, and counts as rejected.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""How good is a model at the task, and how far did it drift? Answers, verdicts, intervals, and the report of a run.
+"""How good is a model at the task, and how far did it drift? Accuracies with intervals, drift, and the report of a run.
 
     python evaluate.py --out RUN                                     the run's report: Tables 2 and 3, Fig. 2, drift
     python evaluate.py --out RUN --benchmarks mmlu,hellaswag         and Table 4: what fine-tuning made the model forget
@@ -16,7 +16,7 @@ Decided here, the paper being silent:
 3. Drift is the mean of KL(base || tuned) over every token of the base model's own greedy responses, to general prompts
    (examples/general.jsonl; 32 tokens at most) and to the first 24 test prompts. It needs no benchmark, and tracks forgetting
    (arXiv 2509.04259).
-4. An unreadable verdict of the LLM judge (8 tokens at most) counts as not accepted, and is counted.
+4. An unreadable verdict of the LLM judge counts as not accepted, and is counted.
 """
 
 import argparse

@@ -75,14 +75,15 @@ class LoRALinear(nn.Module):
 def dropout(x: Tensor, p: float) -> Tensor:
     """Each element of x 0 with probability p, else divided by 1 - p; torch's own `F.dropout`, but for the CPU.
 
-    There torch takes longer to draw the mask of a LoRA layer than to run the layer's two products, and keeps it as floats.
+    There torch takes longer to draw the mask of a LoRA layer than to run the layer's two products, and keeps it in x's dtype.
     Here an element gets 16 random bits, a fourth of an int64, and a byte is kept for it; p is rounded to 1/65536.
     """
     if p == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
+    below = min(round(p * 2**16), 2**16 - 1)  # so many of the 2**16 values drop an element
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    drop = bits.view(torch.int16)[: x.numel()] < round(p * 2**16) - 2**15
-    return x.masked_fill(drop.view(x.shape), 0).mul_(1 / (1 - p))
+    drop = bits.view(torch.int16)[: x.numel()] < below - 2**15
+    return x.masked_fill(drop.view(x.shape), 0).mul_(2**16 / (2**16 - below))
 
 
 def inject(

@@ -2,10 +2,10 @@
 
 The sides take turns in one process, `--rounds` times (continuous batching, the slowest here, once); the medians are compared.
 The peers get 32 rows at a time in the order of the data set. With one thread CPU seconds are counted (a busy machine changes
-little), else wall time. The limit is what no implementation in this precision can leave out, at the rates measured here: prompt
-tokens through the matrix products, 512 rows at a time (once all of them, once without what prompts share); then steps in which
-all rows decode side by side, the products at the rate of 64 rows or all weights read once, whichever is longer; and in every
-step the rows' keys and values, read once. Left out: attention's products, all that is elementwise, waiting.
+little), else wall time. The limit is that of decoding one token a row a step in this precision, at rates measured here once:
+prompt tokens through the matrix products, 512 rows at a time (all of them; and without what prompts share, computed once), then
+steps in which all rows decode side by side, each as long as its products at the rate of 64 rows, or as reading all weights and
+the rows' keys and values, whichever is longer. Left out: attention's products, all that is elementwise, waiting.
 
     python bench/generate.py --model models/SmolLM2-135M-Instruct --gsm8k data/gsm8k/train.jsonl --out runs/bench
 """
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.memory import key_value_bytes  # noqa: E402
 from data import TASKS, chat_ids, prompt  # noqa: E402
 from files import exit_cleanly, read_jsonl, write_json, write_text  # noqa: E402
 from generate import generate  # noqa: E402
@@ -101,12 +102,12 @@ def clock() -> float:
 
 @torch.no_grad()
 def row_seconds(model, rows: int, head: bool) -> float:
-    """Seconds a row of the model's matrix products take when `rows` go through at once: the best of five passes."""
+    """Seconds a row of the model's matrix products take when `rows` go through at once: the best of ten passes."""
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
     layers += [model.get_output_embeddings()] if head else []
     inputs = {m.in_features: torch.randn(rows, m.in_features, device=model.device, dtype=model.dtype) for m in layers}
     times = []
-    for _ in range(5):
+    for _ in range(10):
         start = clock()
         for layer in layers:
             total = layer(inputs[layer.in_features])
@@ -116,13 +117,25 @@ def row_seconds(model, rows: int, head: bool) -> float:
 
 
 def bandwidth(device) -> float:
-    """Bytes a second at which 1 GiB is read: the best of five passes."""
+    """Bytes a second at which 1 GiB is read: the best of ten passes."""
     numbers, times = torch.ones(2**28, device=device), []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(10):
+        start = clock()
         numbers.sum().item()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return 2**30 / min(times)
+
+
+def decode_limit(lengths: list[tuple[int, int]], row: float, weights: float, key_values: float) -> float:
+    """Seconds of the steps after the first token of rows with so many (prompt, generated) tokens, all side by side.
+
+    A step's products take `row` seconds a row; reading takes `weights` seconds, and `key_values` a token in the cache.
+    """
+    total = 0.0
+    for t in range(1, max(new for _, new in lengths)):
+        live = [start + t for start, new in lengths if new > t]
+        total += max(len(live) * row, weights + sum(live) * key_values)
+    return total
 
 
 def distinct(prompts: list[list[int]]) -> int:
@@ -134,10 +147,9 @@ def distinct(prompts: list[list[int]]) -> int:
     return count
 
 
-def measure(model, tokenizer, template: str, rows: list[Example], new: int, rounds: int) -> dict:
+def measure(model, tokenizer, template: str, rows: list[Example], new: int, rounds: int, rates: dict) -> dict:
     """Medians, ratio, and share of the limit of one workload."""
     prompts = [chat_ids(tokenizer, prompt(template, row)) for row in rows]
-    read, write, speed = row_seconds(model, 512, head=False), row_seconds(model, 64, head=True), bandwidth(model.device)
     times, answers = {name: [] for name in SIDES}, {}
     for number in range(rounds):
         for name, side in SIDES.items():
@@ -149,18 +161,18 @@ def measure(model, tokenizer, template: str, rows: list[Example], new: int, roun
     seconds = {name: statistics.median(spent) for name, spent in times.items()}
     generated, prompt_tokens = sum(map(len, answers["ours"])), sum(map(len, prompts))
     differ = {name: sum(a != b for a, b in zip(answers["ours"], found, strict=True)) for name, found in answers.items()}
-    floor, weights = 0, flops(model, head=True) / 2 * model.dtype.itemsize  # seconds, bytes
-    for t in range(1, max(map(len, answers["ours"]))):  # token 0 comes with the prompt
-        lengths = [len(ids) + t for ids, answer in zip(prompts, answers["ours"], strict=True) if len(answer) > t]
-        floor += max(weights / speed, len(lengths) * write) + sum(lengths) * key_value_bytes(model) / speed
+    read = flops(model, head=False) / 1e9 / rates["GFLOP/s at 512 rows"]  # seconds a prompt token
+    row = flops(model, head=True) / 1e9 / rates["GFLOP/s at 64 rows"]
+    weights = flops(model, head=True) / 2 * model.dtype.itemsize / 1e9 / rates["GB/s"]
+    key_values = key_value_bytes(model.config.get_text_config(decoder=True), model.dtype) / 1e9 / rates["GB/s"]
+    lengths = [(len(ids), len(answer)) for ids, answer in zip(prompts, answers["ours"], strict=True)]
+    floor = decode_limit(lengths, row, weights, key_values)
     return {
         "prompts": len(prompts), "prompt tokens": prompt_tokens, "distinct": distinct(prompts), "generated": generated,
         "seconds": seconds, "rounds": times, "answers that differ": differ,
         "tokens a second": {name: generated / spent for name, spent in seconds.items()},
         "ratio": seconds[PEER] / seconds["ours"],
         "limit": {"every prompt token": floor + prompt_tokens * read, "shared once": floor + distinct(prompts) * read},
-        "GFLOP/s": {"512 rows": flops(model, head=False) / read / 1e9, "64 rows": flops(model, head=True) / write / 1e9},
-        "GB/s": speed / 1e9,
     }
 
 
@@ -170,11 +182,11 @@ def flops(model, head: bool) -> int:
     return 2 * sum(m.weight.numel() for m in layers if head or m is not model.get_output_embeddings())
 
 
-def key_value_bytes(model) -> int:
-    """Of one token, in all layers."""
-    config = model.config.get_text_config(decoder=True)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize
+def measured_rates(model) -> dict[str, float]:
+    """What the limit is made of: matrix products without the head for prompts, with it for decoding; reading memory."""
+    return {"GFLOP/s at 512 rows": flops(model, head=False) / row_seconds(model, 512, head=False) / 1e9,
+            "GFLOP/s at 64 rows": flops(model, head=True) / row_seconds(model, 64, head=True) / 1e9,
+            "GB/s": bandwidth(model.device) / 1e9}
 
 
 def table(results: dict) -> str:
@@ -188,9 +200,8 @@ def table(results: dict) -> str:
             lines.append(f"| {name} | {size} | {side} | {spent:.1f} | {case['tokens a second'][side]:.1f} | "
                          f"{case['seconds'][PEER] / spent:.2f} | {' | '.join(percent)} | "
                          f"{case['answers that differ'][side]} |")
-        rates = ", ".join(f"{rate:.0f} GFLOP/s at {rows}" for rows, rate in case["GFLOP/s"].items())
-        lines.append(f"| {name} | | measured here | | | | {rates}; memory: {case['GB/s']:.0f} GB/s | | |")
-    return "\n".join(lines) + "\n"
+    rates = ", ".join(f"{rate:.0f} {name}" for name, rate in results["rates"].items())
+    return "\n".join([*lines, "", f"Measured for the limit: {rates}"]) + "\n"
 
 
 def main() -> None:
@@ -214,9 +225,9 @@ def main() -> None:
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     results = {"model": args.model, "machine": f"{device}, {args.dtype}, torch {torch.__version__}, "
                f"transformers {transformers.__version__}", "rounds": args.rounds, "workloads": {},
-               "clock": "CPU" if counts_cpu() else "wall"}
+               "clock": "CPU" if counts_cpu() else "wall", "rates": measured_rates(model)}
     for name, (template, rows, new) in workloads(args).items():
-        results["workloads"][name] = measure(model, tokenizer, template, rows, new, args.rounds)
+        results["workloads"][name] = measure(model, tokenizer, template, rows, new, args.rounds, results["rates"])
         write_json(args.out / "generate.json", results)
         write_text(args.out / "generate.md", table(results))
     print(table(results))

@@ -68,15 +68,20 @@ def budget(config, targets: list[str], tokens: int) -> dict:
         lora.inject(net, 8, 16, 0.1, targets)
     layer = {mode: (saved_bytes(config, 2, targets, tokens, mode) - saved_bytes(config, 1, targets, tokens, mode)) / tokens
              for mode in (False, True)}
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "weights": weights,
         "adapter": 16 * sum(p.numel() for p in lora.parameters(net)),  # float32: itself, gradient, two moments
         "activations a token": layer[False] * config.num_hidden_layers,
         "activations a token, checkpointing": layer[True] * config.num_hidden_layers + layer[False],  # and one layer's anew
         "logits of a chunk": 12 * HeadLoss.CHUNK * config.vocab_size,  # bfloat16 and float32, softmax in both
-        "keys and values a token": 4 * config.num_hidden_layers * config.num_key_value_heads * head,
+        "keys and values a token": key_value_bytes(config, torch.bfloat16),
     }
+
+
+def key_value_bytes(config, dtype: torch.dtype) -> int:
+    """Of one token, in all layers."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * dtype.itemsize * config.num_hidden_layers * config.num_key_value_heads * head
 
 
 def rows_that_fit(terms: dict, card: int, checkpointing: bool) -> int:

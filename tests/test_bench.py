@@ -82,6 +82,13 @@ def test_distinct_counts_what_prompts_share_once():
     assert bench_generate.distinct([[1, 2], [1, 2]]) == 2
 
 
+def test_the_limit_of_decoding_on_two_rows_counted_by_hand():
+    """Rows of 10 and 20 prompt tokens make 3 and 2: a step of both with 11 + 21 keys, then one of the first with 12."""
+    assert bench_generate.decode_limit([(10, 3), (20, 2)], row=1.0, weights=0.5, key_values=0.01) == pytest.approx(2 + 1)
+    assert bench_generate.decode_limit([(10, 3), (20, 2)], row=1.0, weights=1.5, key_values=0.1) == pytest.approx(4.7 + 2.7)
+    assert bench_generate.decode_limit([(10, 1)], row=1.0, weights=1.0, key_values=1.0) == 0  # its token comes with the prompt
+
+
 def test_one_question_of_every_passage():
     rows = [Example(str(i), f"q{i}", "a", context=f"c{i // 3}", unanswerable=i == 0) for i in range(9)]
     assert [row.id for row in bench_generate.one_a_passage(rows)] == ["1", "3", "6"]
