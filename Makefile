@@ -67,34 +67,34 @@ gsm8k mbpp nq: $(VENV)/ready
 
 GSM8K := $(DATA)/gsm8k/train.jsonl
 bench: $(BENCH)/ready $(SMOL)/config.json
-	$(BENCH)/bin/python bench/generate.py --model $(SMOL) $(if $(wildcard $(GSM8K)),--gsm8k $(GSM8K)) --out docs $(FLAGS)
-	$(BENCH)/bin/python bench/train.py --model $(SMOL) --out docs $(FLAGS)
+	$(BENCH)/bin/python -m bench.generate --model $(SMOL) $(if $(wildcard $(GSM8K)),--gsm8k $(GSM8K)) --out docs $(FLAGS)
+	$(BENCH)/bin/python -m bench.train --model $(SMOL) --out docs $(FLAGS)
 
 # Also a test of our scores against the real harness, which make test skips.
 bench-eval: $(BENCH)/ready $(SMOL)/config.json
 	PYTHONPATH=. $(BENCH)/bin/python -m pytest tests/test_benchmarks_harness.py
-	$(BENCH)/bin/python bench/evaluate.py --model $(SMOL) --data $(DATA) --out docs $(FLAGS)
+	$(BENCH)/bin/python -m bench.evaluate --model $(SMOL) --data $(DATA) --out docs $(FLAGS)
 
 bench-judge: $(VENV)/ready
-	$(PY) bench/judge.py --data $(DATA) --out docs $(FLAGS)
+	$(PY) -m bench.judge --data $(DATA) --out docs $(FLAGS)
 
 bench-memory: $(VENV)/ready
-	$(PY) bench/memory.py --out docs $(FLAGS)
+	$(PY) -m bench.memory --out docs $(FLAGS)
 
 # On a GPU: a Mistral-7B-shaped model with random weights. Without one a tiny shape, and no figure.
 bench-gpu: $(VENV)/ready
-	$(PY) bench/gpu.py --out docs $(FLAGS)
+	$(PY) -m bench.gpu --out docs $(FLAGS)
 
 fuzz: $(VENV)/ready-dev
-	$(PY) tests/fuzz.py $(FLAGS)
+	$(PY) -m tests.fuzz $(FLAGS)
 
 # Two hours on 2 CPU cores. Smaller: make study FLAGS="--seeds 1 --steps 6 --train 48 --test 48 --documents 10 --out runs/small".
 XQUAD := $(DATA)/xquad/xquad.en.json
 study: $(VENV)/ready $(SMOL)/config.json
-	$(PY) bench/study.py --model $(SMOL) --data $(DATA) --xquad $(XQUAD) $(FLAGS)
+	$(PY) -m bench.study --model $(SMOL) --data $(DATA) --xquad $(XQUAD) $(FLAGS)
 
 study-report: $(VENV)/ready
-	$(PY) bench/study.py --report-only
+	$(PY) -m bench.study --report-only
 
 # Not runs/, which took hours.
 clean:

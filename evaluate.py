@@ -30,29 +30,29 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-import benchmarks
 import judges
 import lora
-import ranks
-from answers import announce_sandbox, judged, read_responses, respond
-from audit import audit
-from data import Example, Task, load_task, prompt, training_ids
-from files import (InputError, count, digests, exit_cleanly, fail, locked, read_json, read_jsonl, resume_jsonl,
-                   write_json)
-from model import load_model, log_probs, packs, peak_memory_gib, target_logits, usable_device
-from records import EXAMPLES
-from report import write_benchmark_report, write_report
-from stats import mcnemar, wilson
-
-# ------------------------------------------------------------------------------------------------ drift and Fig. 2
+from answers import announce_sandbox, judge_answers, read_responses, respond
+from data import EXAMPLES, Example, Task, prompt
+from engine.chat import training_ids
+from engine.model import load_model, peak_memory_gib, usable_device
+from engine.packed import log_probs, split_by_tokens, target_logits
+from results.audit import audit
+from results.report import write_benchmark_report, write_report
+from support import ranks
+from support.cli import InputError, exit_cleanly, one_line_error, positive_int
+from support.files import digests, locked, read_json, read_jsonl, resume_jsonl, write_json
+from support.stats import mcnemar, wilson
+from tasks import benchmarks, task_of
 
 GENERAL_TOKENS = 32  # of a response to a general prompt, at most
+
 
 @torch.inference_mode()
 def kl_drift(model, tokenizer, dialogues: list[tuple[str, str]]) -> float:
     """Mean over response tokens of KL(base || tuned), in nats; `dialogues` are (user turn, the base model's response)."""
     total, count = 0.0, 0
-    for rows in packs([training_ids(tokenizer, *dialogue) for dialogue in ranks.share(dialogues)], tokens=2048):
+    for rows in split_by_tokens([training_ids(tokenizer, *dialogue) for dialogue in ranks.share(dialogues)], tokens=2048):
         log_q = F.log_softmax(target_logits(model, rows, share_prefix=True)[0].float(), dim=-1)  # [targets, vocab]
         with lora.disabled(model):
             log_p = F.log_softmax(target_logits(model, rows, share_prefix=True)[0].float(), dim=-1)
@@ -96,9 +96,6 @@ def selection_faults(run: Path) -> dict[str, dict[str, int]]:
     return {kind: {"n": len(rows), "length_limit_hit": sum(not row.get("finished", True) for row in rows),
                    "unreadable_verdicts": sum(row["accepted"] is None for row in resume_jsonl(run / f"{kind}.judged.jsonl"))}
             for kind in ("predictions", "paraphrases") if (rows := resume_jsonl(run / f"{kind}.jsonl"))}
-
-
-# ------------------------------------------------------------------------------------------------ a run
 
 
 def trained_methods(run: Path) -> list[str]:
@@ -166,7 +163,7 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], folder: Pa
     prompts = {x.id: prompt(template, x) for x in test}
     rows = respond(model, tokenizer, prompts, folder / "test.jsonl", task.max_new_tokens, task.stop)
     pairs = [(x, rows[x.id]["response"]) for x in test]
-    verdicts = judged(model, tokenizer, task, pairs, folder / "test.judged.jsonl")
+    verdicts = judge_answers(model, tokenizer, task, pairs, folder / "test.judged.jsonl")
     correct = sum(map(bool, verdicts.values()))
     result = {
         "accuracy": correct / len(test), "interval": wilson(correct, len(test)), "n": len(test),
@@ -241,21 +238,11 @@ def read_config(run: Path) -> dict:
     return config
 
 
-def task_of(config: dict, data: str):
-    """The (task, splits) that a run's config.json describes."""
-    wanted = ("files", "judge", "limit", "max_new_tokens")
-    with ranks.rank_0_first():  # which downloads what is missing
-        return load_task(config["task"], data, **{name: config[name] for name in wanted})
-
-
 def machine(model) -> dict:
     on_gpu = model.device.type == "cuda"
     device = torch.cuda.get_device_name(model.device) if on_gpu else f"{model.device}, {torch.get_num_threads()} threads"
     return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__,
             "date": time.strftime("%Y-%m-%d")}
-
-
-# ------------------------------------------------------------------------------------------------ general benchmarks
 
 
 def score_benchmarks(model, tokenizer, folder: Path, args) -> tuple[dict, list[dict]]:
@@ -282,16 +269,14 @@ def benchmark_model(args) -> None:
     print(write_benchmark_report(args.model, scores, args.out))
 
 
-# ------------------------------------------------------------------------------------------------ the command line
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate a run folder: base model and every trained one.", allow_abbrev=False)
-    parser.error = fail
+    parser.error = one_line_error
     parser.add_argument("--out", required=True, type=Path, help="the run folder that s3ft.py wrote")
     parser.add_argument("--data", default="data", help="where the data sets are (%(default)s)")
     parser.add_argument("--task", help="measure on this task's test rows instead of the run's own: out of domain")
-    parser.add_argument("--audit", type=count, metavar="N", help="draw N judged rows for a person to mark, or read them back")
+    parser.add_argument("--audit", type=positive_int, metavar="N",
+                        help="draw N judged rows for a person to mark, or read them back")
     general = parser.add_argument_group("general benchmarks (Table 4), scored as lm-evaluation-harness scores them")
     general.add_argument("--benchmarks", type=lambda text: text.split(","), metavar="LIST",
                          help=f"of {','.join(benchmarks.BENCHMARKS)}")
@@ -299,7 +284,7 @@ def parse(argv=None):
     general.add_argument("--adapter", type=Path, metavar="FOLDER", help="with --model: an adapter in PEFT's format")
     general.add_argument("--dtype", choices=("bfloat16", "float32"),
                          help="with --model (default: bfloat16 on cuda, else float32)")
-    general.add_argument("--limit", type=count, help="only N documents, the first ones (of MMLU: of each subject)")
+    general.add_argument("--limit", type=positive_int, help="only N documents, the first ones (of MMLU: of each subject)")
     general.add_argument("--sampled", action="store_true", help="with --limit: N at random, the same for every model")
     general.add_argument("--num-fewshot", type=int, choices=range(6), default=0, metavar="K",
                          help="solved MMLU questions shown, 0 to 5 (%(default)s)")

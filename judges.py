@@ -47,11 +47,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
-import ranks
-import sandbox
 from data import Example, fill
-
-# ------------------------------------------------------------------------------------------------ numeric
+from support import ranks, sandbox
 
 NUMBER = re.compile(
     r"""
@@ -86,8 +83,6 @@ def numeric(response: str, gold: str) -> bool:
     return answer is not None and answer == last_number(gold)
 
 
-# ------------------------------------------------------------------------------------------------ code
-
 BEGIN, DONE = "[[BEGIN]]", "[[DONE]]"
 FENCE = re.compile(r"^ {0,3}```+[^\n`]*\n(.*?)(?:^ {0,3}```|```\s*\Z|\Z)", re.MULTILINE | re.DOTALL)
 
@@ -120,8 +115,6 @@ def code(response: str, tests: Sequence[str], setup: str = "", timeout: float = 
     return run_tests(extract_code(response), tests, setup, timeout)
 
 
-# ------------------------------------------------------------------------------------------------ LLM
-
 LLM_JUDGE = """\
 You are a helpful assistant acting as an impartial judge. You will be given a Question, a Reference Answer, and a \
 Provided Answer. Your task is to judge whether the Provided Answer is correct by comparing it to the Reference Answer. \
@@ -131,7 +124,6 @@ Provided Answer:
 Reference Answer:
 {{gold_response}}
 Decision: [True/False]"""  # Fig. 8
-
 VERDICT = re.compile(
     r"""
     \b (?: true|false ) \s* (?: / | \| | \b or \b ) \s* (?: true|false ) \b        # the choice, echoed: skipped
@@ -167,8 +159,6 @@ class LLMJudge:
     def __call__(self, pairs: Sequence[tuple[Example, str]]) -> list[bool]:
         return [verdict is True for verdict in self.verdicts(pairs)]
 
-
-# ------------------------------------------------------------------------------------------------ recall
 
 MAX_WORDS = 50  # so that reciting the context is no answer
 ABSTENTIONS = ("unanswerable", "n/a", "idk", "i don't know", "not known", "answer not in context",
@@ -219,8 +209,6 @@ def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequen
     return not abstains(response) and any(token_recall(response, answer) == 1 for answer in (gold, *aliases))
 
 
-# ------------------------------------------------------------------------------------------------ leaks
-
 LEAKS = ("reference answer", "your response", "my response", "your own response", "now it's your turn")
 
 
@@ -228,9 +216,6 @@ def leaks(paraphrase: str) -> bool:
     """Does a paraphrase speak of its prompt instead of to the question? (The list is SDFT's.)"""
     text = paraphrase.lower()
     return text.startswith("your turn") or any(leak in text for leak in LEAKS)
-
-
-# ------------------------------------------------------------------------------------------------ reading, graded
 
 
 def token_f1(response: str, gold: str) -> float:
@@ -272,8 +257,6 @@ def reading_scores(pairs: Sequence[tuple[Example, str]]) -> dict[str, dict]:
             scores[name] = {"n": len(rows)} | {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
     return scores
 
-
-# ------------------------------------------------------------------------------------------------ by name
 
 JUDGES: dict[str, Callable[[Example, str], bool]] = {
     "numeric": lambda x, response: numeric(response, x.answer),

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
 # The fields of adapter_config.json that we read, or that do not change what a trained adapter computes. Any other field
 # that is set might (DoRA, trained biases, features yet to come), so such an adapter is refused.
 HARMLESS = {

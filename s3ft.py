@@ -6,7 +6,7 @@ A method turns the data D = {(x, y)} into the data D' = {(x, target)} that the m
 below. It asks the base model: predict(D), paraphrase(D), sample(D, k), each answer with the judge's verdict, and gold(x).
 Training, validation and the files are the same for all methods.
 
-Read in this order: `s3ft`, its relatives, `BaseModel` (what they ask), `train` (line 16 of Algorithm 1), `run` (the stages).
+Read in this order: `s3ft`, its relatives, `BaseLM` (what they ask), `train` (line 16 of Algorithm 1), `run` (the stages).
 
 Where we deviate from the paper, or it is silent:
 1. Algorithm 1 goes example by example; we ask for all predictions, then all paraphrases, because a GPU wants batches.
@@ -16,30 +16,24 @@ Where we deviate from the paper, or it is silent:
 """
 
 import argparse
-import dataclasses
-import io
-import random
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import lora
-import ranks
-from answers import announce_sandbox, encode_prompts, judged, respond, validate
-from data import CUSTOM_TASK, TASKS, Example, Task, prompt, training_ids
-from evaluate import task_of
-from files import (InputError, amount, append_jsonl, count, digests, exit_cleanly, fail, locked, read_json, read_jsonl,
-                   resume_jsonl, write_bytes, write_json, write_jsonl)
-from generate import Sampling
-from judges import JUDGES, leaks
-from model import (context_length, count_weights, load_model, load_tokenizer, log_probs, peak_memory_gib, target_loss,
-                   usable_device)
-from reflect import reflect
-
-# ------------------------------------------------------------------------------------------------ the methods
+from answers import BaseLM, announce_sandbox, encode_prompts
+from data import Example, Task, prompt
+from engine.chat import training_ids
+from engine.model import context_length, count_weights, load_model, load_tokenizer, peak_memory_gib, usable_device
+from judges import JUDGES
+from support import ranks
+from support.cli import InputError, exit_cleanly, non_negative_float, one_line_error, positive_int
+from support.files import digests, locked, read_json, read_jsonl, write_json, write_jsonl
+from tasks import TASKS, task_of
+from tasks.custom import CUSTOM_TASK
+from train import train
 
 
 def s3ft(D, base):
@@ -90,211 +84,10 @@ def rft(D, base, k=4):
             yield x, max(accepted, key=lambda y: y.log_prob).text, "prediction"
 
 
-METHODS = {"sft": sft, "sdft": sdft, "ssr": ssr, "s3ft": s3ft, "rft": rft, "reflect": reflect}
+METHODS = {"sft": sft, "sdft": sdft, "ssr": ssr, "s3ft": s3ft, "rft": rft}
 
 
-# ------------------------------------------------------------------------------------------------ the base model
-
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """A response and whether the judge accepts it as equivalent to the gold."""
-
-    text: str
-    accepted: bool
-    log_prob: float = 0.0
-
-
-SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of rft
-
-
-class BaseModel:
-    """M_θ0 with a task and its judge. Every response and verdict is kept in the run folder, and never made twice."""
-
-    def __init__(self, model, tokenizer, task: Task, run: Path, teacher: str | None = None, trust_remote_code: bool = False):
-        self.model, self.tokenizer, self.task, self.run = model, tokenizer, task, run
-        self.teacher, self.trust_remote_code = teacher, trust_remote_code  # of method reflect
-
-    def gold(self, x: Example) -> str:
-        return self.task.gold(x)
-
-    def predict(self, D: list[Example]) -> dict[str, Judged]:
-        """ŷ for every x, from the predict prompt (Figs. 4 and 5), greedily."""
-        return self._ask(D, {x.id: prompt(self.task.predict, x) for x in D}, "predictions")
-
-    def paraphrase(self, D: list[Example]) -> dict[str, Judged]:
-        """ỹ for every (x, y), from the paraphrase prompt (Figs. 6 and 7), greedily."""
-        shown = {x.id: prompt(self.task.paraphrase, x, self.gold(x)) for x in D}
-        found = self._ask(D, shown, "paraphrases")
-        return {id: Judged(y.text, y.accepted and not leaks(y.text)) for id, y in found.items()}
-
-    def sample(self, D: list[Example], k: int, sampling: Sampling = SAMPLING) -> dict[str, list[Judged]]:
-        """k samples for every x, with the model's own log p(y | x). Not of --seed: the runs of all seeds share them."""
-        rows = [dataclasses.replace(x, id=f"{x.id}#{i}") for x in D for i in range(k)]
-        users = {x.id: prompt(self.task.predict, x) for x in rows}
-        found = self._ask(rows, users, "samples", sampling)
-        scores = log_probs(self.model, [training_ids(self.tokenizer, users[x.id], found[x.id].text) for x in rows])
-        scored = [dataclasses.replace(found[x.id], log_prob=score) for x, score in zip(rows, scores, strict=True)]
-        return {x.id: scored[i * k : (i + 1) * k] for i, x in enumerate(D)}
-
-    def _ask(self, D, users: dict[str, str], kind: str, sampling=None) -> dict[str, Judged]:
-        path, task = self.run / f"{kind}.jsonl", self.task
-        rows = respond(self.model, self.tokenizer, users, path, task.max_new_tokens, task.stop, sampling)
-        pairs = [(x, rows[x.id]["response"]) for x in D]
-        accepted = judged(self.model, self.tokenizer, task, pairs, self.run / f"{kind}.judged.jsonl")
-        return {x.id: Judged(response, bool(accepted[x.id])) for x, response in pairs}
-
-
-# ------------------------------------------------------------------------------------------------ training
-
-
-class Loss(torch.nn.Module):
-    """-Σ log p(y_t | x, y_<t) over the target tokens of the rows, in nats. The prompt is masked: it is no target.
-
-    A module and not a function, because DistributedDataParallel averages the gradients of a module's forward pass.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, rows, share_prefix: bool = False) -> torch.Tensor:
-        return target_loss(self.model, rows, share_prefix)
-
-
-def step_rows(n: int, batch_size: int, steps: int, seed: int):
-    """Row numbers of every step: each epoch in an order of its own, and the same order whenever the run is repeated."""
-    order, epoch = [], 0
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order += random.Random(f"{seed}-{epoch}").sample(range(n), n)
-            epoch += 1
-        yield order[:batch_size]
-        order = order[batch_size:]
-
-
-def learning_rate(step: int, args) -> float:
-    """Linear warm-up, then linear decay to 0. `step` counts from 0."""
-    warmup = max(1, round(args.warmup * args.steps))
-    return args.lr * min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
-
-
-def backward(loss_of, rows, args) -> tuple[float, int]:
-    """Gradients of the mean loss over a batch, summed up in micro-batches -> (mean loss, target tokens).
-
-    The loss is divided by the target tokens of the whole step. Averaging the micro-batches' own means would weigh a token
-    by the length of its neighbours, and make the result depend on how the batch was cut. With several processes each takes
-    its share of the rows; their gradients are averaged, hence the factor ranks.WORLD.
-    """
-    targets, mine = sum(sum(is_target) for _, is_target in rows), ranks.share(rows)
-    device = next(loss_of.parameters()).device.type
-    total = 0.0
-    for start in range(0, len(mine), args.micro_batch):
-        last = start + args.micro_batch >= len(mine)
-        with ranks.without_sync(loss_of, last), torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = loss_of(mine[start : start + args.micro_batch], args.share_prefix) / targets
-            (loss * ranks.WORLD).backward()
-        total += loss.item()
-    return ranks.totals(total)[0], targets
-
-
-def backward_in_memory(loss_of, optimizer, rows, args) -> tuple[float, int]:
-    """As `backward`. Out of memory: again, in micro-batches half as large."""
-    while True:
-        try:
-            return backward(loss_of, rows, args)
-        except torch.OutOfMemoryError:
-            pass  # not here: the exception still holds the forward pass's tensors
-        if args.micro_batch == 1 or ranks.WORLD > 1:  # other processes wait for this one's gradients
-            raise InputError(f"out of memory with --micro-batch {args.micro_batch}: try a smaller one, "
-                             "or --gradient-checkpointing")
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        args.micro_batch = (args.micro_batch + 1) // 2
-        tqdm.write(f"out of memory: going on with --micro-batch {args.micro_batch}")
-
-
-def optimizer_step(loss_of, optimizer, rows, args) -> tuple[float, int]:
-    """One step over a batch -> (mean loss, target tokens)."""
-    loss, targets = backward_in_memory(loss_of, optimizer, rows, args)
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], args.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, targets
-
-
-def train(model, tokenizer, task: Task, rows: list, validation: list[Example], folder: Path, args) -> dict:
-    """Train on D' and keep the adapter with the best validation accuracy (A.3) -> what training.json says.
-
-    Every `eval_every` steps the whole state goes to checkpoint.pt. Dropout is seeded by the step, the order by the epoch, so a
-    run that goes on from there ends with the same weights as one that was never interrupted.
-    """
-    optimizer = torch.optim.AdamW(lora.parameters(model), weight_decay=0.0, fused=model.device.type == "cuda")
-    state = load_checkpoint(model, optimizer, folder)
-    args.micro_batch = min(args.micro_batch, state.get("micro_batch", args.micro_batch))  # what fitted before the break
-    loss_of = ranks.data_parallel(Loss(model))
-    model.train()
-    bar = tqdm(total=args.steps, initial=state["step"], desc=f"{folder.name}/train", unit="step")
-    for step, batch in enumerate(step_rows(len(rows), args.batch_size, args.steps, args.seed)):
-        if step < state["step"]:
-            continue
-        start = time.monotonic()
-        torch.manual_seed(1_000_003 * args.seed + step + 7_919 * ranks.RANK)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        loss, targets = optimizer_step(loss_of, optimizer, [rows[i] for i in batch], args)
-        state["seconds"] += time.monotonic() - start
-        tokens = sum(len(rows[i][0]) for i in batch)
-        state["tokens"] += tokens
-        bar.set_postfix_str(f"loss {loss:.3f}, {state['tokens'] / state['seconds']:.0f} tokens/s", refresh=False)
-        bar.update()
-        log(folder, {"step": step + 1, "loss": round(loss, 6), "lr": learning_rate(step, args), "tokens": tokens,
-                     "targets": targets})
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            state |= {"step": step + 1, "micro_batch": args.micro_batch}
-            keep_best(model, tokenizer, task, validation, folder, state)
-            save_checkpoint(model, optimizer, folder, state)
-            model.train()
-    bar.close()
-    return state
-
-
-def log(folder: Path, row: dict) -> None:
-    if ranks.RANK == 0:
-        append_jsonl(folder / "log.jsonl", row)
-
-
-def keep_best(model, tokenizer, task: Task, validation: list[Example], folder: Path, state: dict) -> None:
-    accuracy = validate(model, tokenizer, task, validation)
-    log(folder, {"step": state["step"], "validation": accuracy})
-    if accuracy > state["best"]["validation"]:
-        state["best"] = {"step": state["step"], "validation": accuracy}
-        if ranks.RANK == 0:
-            lora.save(model, folder, model.config._name_or_path)
-
-
-def save_checkpoint(model, optimizer, folder: Path, state: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save({"state": state, "lora": lora.state_dict(model), "optimizer": optimizer.state_dict()}, buffer)
-    write_bytes(folder / "checkpoint.pt", buffer.getvalue())
-
-
-def load_checkpoint(model, optimizer, folder: Path) -> dict:
-    """The state of the last checkpoint, put back into model and optimizer; a fresh one if there is none."""
-    state = {"step": 0, "best": {"step": 0, "validation": -1.0}, "seconds": 0.0, "tokens": 0}
-    if (folder / "checkpoint.pt").exists():
-        saved = torch.load(folder / "checkpoint.pt", map_location=model.device, weights_only=True)
-        lora.load_state_dict(model, saved["lora"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
-    log = [row for row in resume_jsonl(folder / "log.jsonl") if row["step"] <= state["step"]]
-    write_jsonl(folder / "log.jsonl", log)  # steps after the checkpoint are about to be made, and logged, again
-    return state
-
-
-# ------------------------------------------------------------------------------------------------ a run
-
-
-def build(method, D: list[Example], base: BaseModel, path: Path) -> list[dict]:
+def build(method, D: list[Example], base: BaseLM, path: Path) -> list[dict]:
     """D' as rows {id, prompt, response, source}, written to `path` once and read from there afterwards.
 
     A method may yield a dictionary of its own beside (x, target, source); its fields are written with the row.
@@ -361,7 +154,7 @@ def run(args) -> None:
     """The stages of one method: D', LoRA, training. Each is skipped where an earlier run finished it."""
     shared = {name: getattr(args, name) for name in ("task", "model", "judge", "limit", "files", "max_new_tokens", "dtype")}
     shared["contents"] = args.files and digests(args.files)
-    own = {name: value for name, value in vars(args).items() if name not in (*shared, *UNRECORDED)}
+    own = {name: value for name, value in vars(args).items() if name not in (*shared, *MAY_CHANGE_ON_RESUME)}
     folder = args.out / args.name
     settings = ((args.out / "config.json", shared, "--out"), (folder / "config.json", own, "--name"))
     for path, values, flag in settings:
@@ -381,7 +174,7 @@ def run(args) -> None:
     for path, values, _ in settings:  # only now: a mistyped flag must not mark the folder
         if not path.exists():
             write_json(path, values)
-    base = BaseModel(model, tokenizer, task, args.out, args.teacher, args.trust_remote_code)
+    base = BaseLM(model, tokenizer, task, args.out, args.teacher, args.trust_remote_code)
     with lora.disabled(model):
         rows = build(args.method, D, base, folder / "train.jsonl")
     if not rows:
@@ -401,7 +194,8 @@ def run(args) -> None:
 
 
 # Where and on what, not what.
-UNRECORDED = ("out", "name", "data", "device", "trust_remote_code", "sandbox", "micro_batch", "gradient_checkpointing")
+MAY_CHANGE_ON_RESUME = ("out", "name", "data", "device", "trust_remote_code", "sandbox", "micro_batch",
+                        "gradient_checkpointing")
 
 
 def check_same(path: Path, settings: dict, flag: str) -> None:
@@ -414,12 +208,9 @@ def check_same(path: Path, settings: dict, flag: str) -> None:
                              f"or another {flag}")
 
 
-# ------------------------------------------------------------------------------------------------ the command line
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Train a model with S3FT or one of its relatives.", allow_abbrev=False)
-    parser.error = fail  # one line, without the usage
+    parser.error = one_line_error  # one line, without the usage
     what = parser.add_argument_group("what to do")
     what.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or custom (your files, below)")
     what.add_argument("--method", required=True, help=", ".join(METHODS))
@@ -427,29 +218,30 @@ def parse(argv=None):
     what.add_argument("--out", required=True, type=Path, help="the run folder; all methods of one comparison share it")
     what.add_argument("--name", help="the method's folder in it (default: the method)")
     what.add_argument("--data", default="data", help="where the data sets are, and are downloaded to (%(default)s)")
-    what.add_argument("--limit", type=count, help="only the first N rows of every split")
+    what.add_argument("--limit", type=positive_int, help="only the first N rows of every split")
     custom = parser.add_argument_group("your own task", "JSONL rows: question, answer (context, tests, id); or SQuAD JSON")
     for split in ("train", "val", "test"):
         custom.add_argument(f"--{split}-file", metavar="F")
     custom.add_argument("--judge", choices=[*JUDGES, "llm"], help="what = means (default: the task's)")
     generation = parser.add_argument_group("generation (greedy, A.3)")
-    generation.add_argument("--max-new-tokens", type=count, help="length limit of a response (default: the task's)")
+    generation.add_argument("--max-new-tokens", type=positive_int, help="length limit of a response (default: the task's)")
     generation.add_argument("--sandbox", choices=("best", "strict"), default="best",
                             help="code judge: strict refuses to run where a layer of isolation is missing (%(default)s)")
     generation.add_argument("--teacher", metavar="NAME_OR_FOLDER", help="reflect: who rewrites (default: the base model)")
     adapter = parser.add_argument_group("LoRA (section 3)")
-    adapter.add_argument("--rank", type=count, default=8, help="r (%(default)s)")
-    adapter.add_argument("--alpha", type=amount, default=16, help="scale = alpha / r (%(default)s)")
-    adapter.add_argument("--dropout", type=amount, default=0.1, help="on the adapter's input (%(default)s)")
+    adapter.add_argument("--rank", type=positive_int, default=8, help="r (%(default)s)")
+    adapter.add_argument("--alpha", type=non_negative_float, default=16, help="scale = alpha / r (%(default)s)")
+    adapter.add_argument("--dropout", type=non_negative_float, default=0.1, help="on the adapter's input (%(default)s)")
     adapter.add_argument("--target-modules", default="q_proj,v_proj", help="names, or all-linear (%(default)s)")
     training = parser.add_argument_group("training (A.3; the paper is silent on batch size, schedule and optimizer)")
-    training.add_argument("--lr", type=amount, default=1e-4, help="peak learning rate (%(default)s)")
-    training.add_argument("--steps", type=count, help="optimizer steps (default: the task's; GSM8K, NQ 5000, MBPP 1000)")
-    training.add_argument("--eval-every", type=count, help="validate every N steps (default: the task's; 500, MBPP 100)")
-    training.add_argument("--batch-size", type=count, default=8, help="sequences a step (%(default)s)")
-    training.add_argument("--micro-batch", type=count, help="sequences a forward pass; fewer need less memory (default: all)")
-    training.add_argument("--warmup", type=amount, default=0.03, help="share of the steps (%(default)s)")
-    training.add_argument("--clip", type=amount, default=1.0, help="largest gradient norm (%(default)s)")
+    training.add_argument("--lr", type=non_negative_float, default=1e-4, help="peak learning rate (%(default)s)")
+    training.add_argument("--steps", type=positive_int, help="optimizer steps (default: the task's; GSM8K, NQ 5000, MBPP 1000)")
+    training.add_argument("--eval-every", type=positive_int, help="validate every N steps (default: the task's; 500, MBPP 100)")
+    training.add_argument("--batch-size", type=positive_int, default=8, help="sequences a step (%(default)s)")
+    training.add_argument("--micro-batch", type=positive_int,
+                          help="sequences a forward pass; fewer need less memory (default: all)")
+    training.add_argument("--warmup", type=non_negative_float, default=0.03, help="share of the steps (%(default)s)")
+    training.add_argument("--clip", type=non_negative_float, default=1.0, help="largest gradient norm (%(default)s)")
     training.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
     training.add_argument("--share-prefix", action="store_true",
                           help="compute what the prompts of a micro-batch begin with once: faster; one dropout mask for it")

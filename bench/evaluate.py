@@ -7,12 +7,11 @@ little. HellaSwag's documents are spread over the file; MMLU's are the first one
 subject needs to be worth its shots. The largest difference between the two sides' log-likelihoods is printed beside.
 
     pip install lm-eval==0.4.13 accelerate
-    python bench/evaluate.py --model models/SmolLM2-135M-Instruct --data data --out runs/bench
+    python -m bench.evaluate --model models/SmolLM2-135M-Instruct --data data --out runs/bench
 """
 
 import argparse
 import platform
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -22,13 +21,12 @@ from statistics import mean
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import benchmarks  # noqa: E402
-from bench import harness  # noqa: E402
-from files import exit_cleanly, read_jsonl, write_json, write_text  # noqa: E402
-from likelihood import Encoder, max_length  # noqa: E402
-from model import load_model  # noqa: E402
+from bench import harness
+from engine.likelihood import Encoder, max_length
+from engine.model import load_model
+from support.cli import exit_cleanly
+from support.files import read_jsonl, write_json, write_text
+from tasks import benchmarks, mmlu
 
 CASES = [("hellaswag", 0), ("mmlu", 0), ("mmlu", 5), ("truthfulqa", 0), ("winogrande", 0)]  # benchmark, shots
 METRICS = {"hellaswag": {"acc": ("hellaswag", "acc"), "acc_norm": ("hellaswag", "acc_norm")},  # ours -> harness's task, metric
@@ -67,7 +65,7 @@ def measure(model, tokenizer, name: str, shots: int, args) -> dict:
     times = {"ours": 0.0} | {f"harness, batch {size}": 0.0 for size in args.batch_sizes}
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        harness.write_tasks(name, [x.row for x in chosen], Path(folder), read_jsonl(args.data / benchmarks.MMLU_SHOTS))
+        harness.write_tasks(name, [x.row for x in chosen], Path(folder), read_jsonl(args.data / mmlu.MMLU_SHOTS))
         loaded = harness.load_tasks(Path(folder), name, shots)
         for _ in range(args.rounds):
             spent, samples = seconds(lambda: ours(model, encoder, chosen, solved))

@@ -7,12 +7,11 @@ prompt tokens through the matrix products, 512 rows at a time (all of them; and 
 steps in which all rows decode side by side, each as long as its products at the rate of 64 rows, or as reading all weights and
 the rows' keys and values, whichever is longer. Left out: attention's products, all that is elementwise, waiting.
 
-    python bench/generate.py --model models/SmolLM2-135M-Instruct --gsm8k data/gsm8k/train.jsonl --out runs/bench
+    python -m bench.generate --model models/SmolLM2-135M-Instruct --gsm8k data/gsm8k/train.jsonl --out runs/bench
 """
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -20,16 +19,17 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from bench.memory import key_value_bytes
+from data import Example, prompt
+from engine.chat import chat_ids
+from engine.model import best_device
+from generate import generate
+from support.cli import exit_cleanly
+from support.files import read_jsonl, write_json, write_text
+from tasks import TASKS
+from tasks.reading import read_squad
 
-from bench.memory import key_value_bytes  # noqa: E402
-from data import TASKS, chat_ids, prompt  # noqa: E402
-from files import exit_cleanly, read_jsonl, write_json, write_text  # noqa: E402
-from generate import generate  # noqa: E402
-from model import best_device  # noqa: E402
-from reading import read_squad  # noqa: E402
-from records import Example  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 BATCH = 32  # of the peers
 PAGE = 16  # tokens of a page in continuous batching

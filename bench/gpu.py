@@ -4,12 +4,11 @@ Weights do not matter for time, lengths do: prompts and responses get GSM8K's le
 Beside each figure stands the machine's own limit: bytes over measured bandwidth, operations over measured matrix-product rate.
 Without a GPU a tiny shape runs through the same code, and the GPU's rows say "not measured".
 
-    python bench/gpu.py --out docs
+    python -m bench.gpu --out docs
 """
 
 import argparse
 import random
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,15 +17,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import lora  # noqa: E402
-import s3ft  # noqa: E402
-from bench.memory import SHAPES  # noqa: E402
-from files import exit_cleanly, write_json, write_text  # noqa: E402
-from generate import Ending, Row, SlotCache, _forward, _generate, _probe, _slots  # noqa: E402
-from model import best_device, peak_memory_gib  # noqa: E402
+import lora
+import train
+from bench.memory import SHAPES
+from engine.decoding import Ending, Row
+from engine.model import best_device, peak_memory_gib
+from engine.slots import SlotCache, _probe, _slots
+from generate import _forward, _generate
+from support.cli import exit_cleanly
+from support.files import write_json, write_text
 
 TINY = SHAPES["mistral-7b"] | dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                                    num_attention_heads=4, num_key_value_heads=2)
@@ -131,18 +130,18 @@ def peer(model, rows: list[Row], size: int) -> float:
     return sum(row.limit - row.start for row in rows) / seconds(model.device, work)
 
 
-def train(model, steps: int, limits: dict) -> dict:
+def train_steps(model, steps: int, limits: dict) -> dict:
     """Tokens a second of optimizer steps of 8 GSM8K rows, and the share of the peak rate that their operations make up."""
     lora.inject(model, 8, 16, 0.1, ["q_proj", "v_proj"])
     optimizer = torch.optim.AdamW(lora.parameters(model), 1e-4, weight_decay=0.0, fused=True)
     settings = SimpleNamespace(micro_batch=BATCH, clip=1.0, dtype=str(model.dtype).removeprefix("torch."), share_prefix=False)
     rows = [([3] * row.limit, [False] * row.start + [True] * (row.limit - row.start)) for row in
             make_rows(model.config.vocab_size, BATCH * (steps + 2))]
-    loss_of, batches = s3ft.Loss(model.train()), [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    loss_of, batches = train.Loss(model.train()), [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
 
     def work(part):
         for batch in part:
-            s3ft.optimizer_step(loss_of, optimizer, batch, settings)
+            train.optimizer_step(loss_of, optimizer, batch, settings)
 
     work(batches[:2])
     spent = seconds(model.device, lambda: work(batches[2:]))
@@ -169,7 +168,7 @@ def measure(model, args) -> dict:
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    found["training"] = train(model, args.steps, limits)
+    found["training"] = train_steps(model, args.steps, limits)
     found["training, peak GiB"] = peak_memory_gib()
     response = sum(lengths(RESPONSE, 1000, 0)) / 1000
     found["job, minutes"] = {"generation": JOB["responses"] * response / found["tokens/s"]["ours"] / 60,

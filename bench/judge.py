@@ -4,7 +4,7 @@ First one after the other on one core, timed in CPU seconds (ours and the childr
 nothing), then all of them through `judge_all` on all cores, where every verdict must be the same and in its place.
 Every program should pass; one that does not is named, and the exit status is 1.
 
-    python bench/judge.py --data data --out runs/bench
+    python -m bench.judge --data data --out runs/bench
 """
 
 import argparse
@@ -17,12 +17,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import sandbox  # noqa: E402
-from data import Example, mbpp_example  # noqa: E402
-from files import exit_cleanly, read_jsonl, write_json, write_text  # noqa: E402
-from judges import judge_all  # noqa: E402
+from data import Example
+from judges import judge_all
+from support import sandbox
+from support.cli import exit_cleanly
+from support.files import read_jsonl, write_json, write_text
+from tasks.mbpp import mbpp_example
 
 SLOW = 0.5  # CPU seconds from which a program is counted apart
 

@@ -7,23 +7,22 @@ What a layer keeps for its backward pass is counted here, by autograd's own hook
 width on the CPU: the difference is a layer's, whatever the model. Frozen weights and what is kept twice are not counted.
 Not in it: the CUDA context and the allocator's fragments (2 GiB are set aside), and a workspace of matrix products.
 
-    python bench/memory.py --config mistral-7b --out docs
+    python -m bench.memory --config mistral-7b --out docs
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import lora
+from engine.packed import HeadLoss
+from support.cli import exit_cleanly
+from support.files import write_json, write_text
+from train import Loss
 
-import lora  # noqa: E402
-from files import exit_cleanly, write_json, write_text  # noqa: E402
-from model import HeadLoss  # noqa: E402
-from s3ft import Loss  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 GIB = 2**30
 RESERVE = 2  # GiB

@@ -1,7 +1,7 @@
 """Does the claim hold on a small open model? Five methods, three seeds, on XQuAD reading comprehension, in one run folder.
 
-    python bench/study.py --xquad data/xquad/xquad.en.json --data data --out runs/study     trains, evaluates, writes the report
-    python bench/study.py --report-only                                                     the report from docs/study/ alone
+    python -m bench.study --xquad data/xquad/xquad.en.json --data data --out runs/study     trains, evaluates, writes the report
+    python -m bench.study --report-only                                                     the report from docs/study/ alone
 
 Rows: the first 36 of XQuAD's English articles; train, validation and test apart by article, a quarter of the questions made
 unanswerable by a context of another article. Judge: every word of the gold in at most 50 words, or abstention. The report is
@@ -16,16 +16,16 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from data import Example
+from results.paper import PAPER_ACCURACY, PAPER_BENCHMARKS, PAPER_SOURCES
+from results.report import SOURCES, log_probability_section, markdown_table
+from support.cli import exit_cleanly
+from support.files import download, read_json, read_jsonl, write_json, write_jsonl, write_text
+from tasks.benchmarks import BENCHMARKS, paired_interval
+from tasks.benchmarks import documents as documents_of
+from tasks.reading import pair_unanswerable, read_squad
 
-from benchmarks import BENCHMARKS, paired_interval  # noqa: E402
-from benchmarks import documents as documents_of  # noqa: E402
-from files import download, exit_cleanly, read_json, read_jsonl, write_json, write_jsonl, write_text  # noqa: E402
-from reading import pair_unanswerable, read_squad  # noqa: E402
-from records import Example  # noqa: E402
-from report import (  # noqa: E402
-    PAPER_ACCURACY, PAPER_BENCHMARKS, PAPER_SOURCES, SOURCES, log_probability_section, markdown_table)
+ROOT = Path(__file__).resolve().parent.parent
 
 XQUAD = "https://raw.githubusercontent.com/google-deepmind/xquad/master/xquad.en.json"
 SHARES = {"train": 0.5, "val": 0.125, "test": 0.375}  # of the articles

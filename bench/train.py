@@ -6,7 +6,7 @@ one thread, else in wall time. Useful tokens are the rows' own, without padding.
 forward and back to the inputs (frozen weights need no gradient), the head at target tokens only, at this machine's measured
 rate for 512 rows at a time. A shared prefix computes fewer tokens, hence no share of the limit there.
 
-    python bench/train.py --model models/SmolLM2-135M-Instruct --out runs/bench
+    python -m bench.train --model models/SmolLM2-135M-Instruct --out runs/bench
 """
 
 import argparse
@@ -23,16 +23,18 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import lora
+import train
+from bench.generate import clock, row_seconds
+from data import prompt
+from engine.chat import training_ids
+from engine.model import best_device, load_model, peak_memory_gib
+from support.cli import exit_cleanly
+from support.files import write_json, write_text
+from tasks import TASKS
+from tasks.reading import read_squad
 
-import lora  # noqa: E402
-import s3ft  # noqa: E402
-from bench.generate import clock, row_seconds  # noqa: E402
-from data import TASKS, prompt, training_ids  # noqa: E402
-from files import exit_cleanly, write_json, write_text  # noqa: E402
-from model import best_device, load_model, peak_memory_gib  # noqa: E402
-from reading import read_squad  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 RANK, ALPHA, DROPOUT, RATE = 8, 16, 0.1, 1e-4
 BATCH = 8
@@ -70,11 +72,11 @@ def ours(args, share_prefix: bool = False) -> float:
     model, tokenizer = load_model(args.model, dtype=args.dtype)
     lora.inject(model, RANK, ALPHA, DROPOUT, TARGETS[args.targets])
     optimizer = torch.optim.AdamW(lora.parameters(model), RATE, weight_decay=0.0)
-    loss_of = s3ft.Loss(model)
+    loss_of = train.Loss(model)
     settings = SimpleNamespace(micro_batch=BATCH, clip=1.0, dtype=args.dtype, share_prefix=share_prefix)
     rows = encoded_rows(tokenizer, args)
     model.train()
-    return timed([lambda batch: s3ft.optimizer_step(loss_of, optimizer, batch, settings)] * len(batches(rows)), rows)
+    return timed([lambda batch: train.optimizer_step(loss_of, optimizer, batch, settings)] * len(batches(rows)), rows)
 
 
 def peft_model(args):
@@ -142,7 +144,7 @@ def one_side(args) -> None:
 
 def round_of(side: str, targets: str) -> dict:
     """Run one side in a process of its own, with this one's flags."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--targets", targets]
+    command = [sys.executable, "-m", "bench.train", *sys.argv[1:], "--side", side, "--targets", targets]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
     if done.returncode:
         sys.exit(f"{side}, {targets}:\n{done.stderr[-2000:]}")

@@ -1,6 +1,5 @@
 """A tiny random chat model in a folder, made once: everything but its answers is as in a real one."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (

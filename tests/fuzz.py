@@ -1,6 +1,6 @@
 """Random text into everything that reads what a model or a person wrote: only our own exception may come out.
 
-    python tests/fuzz.py [--cases 100000] [--seed 0]
+    python -m tests.fuzz [--cases 100000] [--seed 0]
 
 Each reader gets an equal share of the cases. Besides not raising, each must keep a promise: numbers are equal to
 themselves, extraction finds the program that was put between the tags, verdicts have one of three values, a text
@@ -9,7 +9,6 @@ recalls itself, what read_jsonl returns is what was written, and a row's tests a
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 import warnings
@@ -19,12 +18,11 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import judges  # noqa: E402
-import sandbox  # noqa: E402
-from data import Example  # noqa: E402
-from files import InputError, read_jsonl  # noqa: E402
+import judges
+from data import Example
+from support import sandbox
+from support.cli import InputError
+from support.files import read_jsonl
 
 PIECES = [  # what the readers look for, to be strung together
     "[[BEGIN]]", "[[DONE]]", "```", "```python\n", "\r\n", "\n", "\t", " ", "\ufeff", "\0", "\ud800", "é", "def f(x):",

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from audit import audit, compare
 from data import Example
-from files import InputError, read_jsonl, write_jsonl
-from stats import kappa, wilson
+from results.audit import audit, compare
+from support.cli import InputError
+from support.files import read_jsonl, write_jsonl
+from support.stats import kappa, wilson
 
 
 @pytest.fixture

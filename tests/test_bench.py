@@ -14,15 +14,15 @@ from bench import generate as bench_generate
 from bench import gpu
 from bench import train as bench_train
 from bench.memory import SHAPES, budget
-from files import read_json
-from records import Example
+from data import Example
+from support.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def script(name: str, *flags: str) -> None:
     """Run a benchmark on one thread: two threads crawl where another job has a core."""
-    command = [sys.executable, str(ROOT / "bench" / name), *flags]
+    command = [sys.executable, "-m", f"bench.{name}", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 
@@ -43,7 +43,7 @@ def test_rows_share_their_instruction_and_end_at_their_own_length():
 def test_without_a_gpu_the_script_runs_a_tiny_shape_and_claims_nothing(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    script("gpu.py", "--prompts=6", "--peer-prompts=3", "--steps=1", f"--out={tmp_path}")
+    script("gpu", "--prompts=6", "--peer-prompts=3", "--steps=1", f"--out={tmp_path}")
     rows = [line.split("|")[2].strip() for line in (tmp_path / "gpu.md").read_text().splitlines() if line.startswith("| ")]
     assert set(rows[1:]) == {"not measured"}
     assert read_json(tmp_path / "gpu.json")["gpu"] is False
@@ -95,7 +95,7 @@ def test_one_question_of_every_passage():
 
 
 def test_generation_beside_transformers_gives_the_same_answers(tiny, tmp_path):
-    script("generate.py", f"--model={tiny}", "--reading=4", "--reading-tokens=3", "--rounds=1", f"--out={tmp_path}")
+    script("generate", f"--model={tiny}", "--reading=4", "--reading-tokens=3", "--rounds=1", f"--out={tmp_path}")
     for case in read_json(tmp_path / "generate.json")["workloads"].values():
         assert case["prompts"] == 4
         assert case["answers that differ"][bench_generate.PEER] == 0
@@ -103,7 +103,7 @@ def test_generation_beside_transformers_gives_the_same_answers(tiny, tmp_path):
 
 def test_training_beside_peft(tiny, tmp_path):
     """The script from end to end; what is not installed is skipped by name."""
-    script("train.py", f"--model={tiny}", "--steps=1", "--rounds=1", "--targets=q,v", f"--out={tmp_path}")
+    script("train", f"--model={tiny}", "--steps=1", "--rounds=1", "--targets=q,v", f"--out={tmp_path}")
     results = read_json(tmp_path / "train.json")
     assert {"ours", "ours, prefix shared", "peft, plain loop"} <= set(results["cases"]["q,v"])
     assert set(results["cases"]["q,v"]) | set(results["skipped"]) == set(bench_train.SIDES)

@@ -15,15 +15,29 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
-from transformers import (BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel,
-                          LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM,
-                          PreTrainedTokenizerFast)
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-import benchmarks
-import likelihood
-from benchmarks import BENCHMARKS, gsm8k_flexible, gsm8k_match, gsm8k_strict, paired_drop, score
-from files import InputError, read_jsonl, write_jsonl
-from likelihood import Encoder, Option, Request, can_share, log_likelihoods
+from engine import likelihood
+from engine.likelihood import Encoder, Option, Request, can_share, log_likelihoods
+from support.cli import InputError
+from support.files import read_jsonl, write_jsonl
+from tasks import benchmarks
+from tasks.benchmarks import BENCHMARKS, paired_drop, score
+from tasks.gsm8k import gsm8k_flexible, gsm8k_match, gsm8k_strict
 
 LETTERS = "ABCD"
 FACTS = [("The sun", "rises in the east", "is a small lake"), ("A spider", "has eight legs", "sings at school"),

@@ -10,14 +10,16 @@ import pytest
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
+# ruff: noqa: E402, the imports below need what was just looked for
 
-import benchmarks  # noqa: E402
-from bench import evaluate as bench_evaluate  # noqa: E402
-from bench import harness  # noqa: E402
-from benchmarks import BENCHMARKS, score  # noqa: E402
-from files import read_jsonl  # noqa: E402
-from likelihood import Encoder  # noqa: E402
-from test_benchmarks import make_data, tiny, tokenizer  # noqa: E402, F401
+from test_benchmarks import make_data, tiny, tokenizer  # noqa: F401
+
+from bench import evaluate as bench_evaluate
+from bench import harness
+from engine.likelihood import Encoder
+from support.files import read_jsonl
+from tasks import benchmarks, gsm8k, mmlu
+from tasks.benchmarks import BENCHMARKS, score
 
 TASKS = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2"), "hellaswag": ("hellaswag",), "winogrande": ("winogrande",),
          "mmlu": ("mmlu_high_school_physics", "mmlu_astronomy")}
@@ -30,7 +32,7 @@ def workplace(tmp_path_factory):
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         data_dir = make_data(tmp_path_factory.mktemp("data"), patch)
         folder = tmp_path_factory.mktemp("tasks")
-        shots = read_jsonl(data_dir / benchmarks.MMLU_SHOTS)
+        shots = read_jsonl(data_dir / mmlu.MMLU_SHOTS)
         for name, benchmark in BENCHMARKS.items():
             harness.write_tasks(name, read_jsonl(data_dir / benchmark.file), folder, shots)
         yield data_dir, folder, harness.TaskManager(include_path=str(folder))
@@ -103,10 +105,10 @@ def test_gsm8k_reads_answers_as_the_harness_does():
     responses = ["a #### 7 b #### 8", "$1,200.", "-3", "it is 3.", "#### -1,000.50.", "none", "7 of $", "a 12 b 3", "....",
                  "1 - 2", "#### 1200", "x #### $5"]
     flexible = RegexFilter(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1).apply([responses], [{}])[0]
-    assert [benchmarks.gsm8k_flexible(response) for response in responses] == flexible
+    assert [gsm8k.gsm8k_flexible(response) for response in responses] == flexible
     strict = RegexFilter(r"#### (\-?[0-9\.\,]+)").apply([responses], [{}])[0]
-    assert [benchmarks.gsm8k_strict(response) for response in responses] == strict
+    assert [gsm8k.gsm8k_strict(response) for response in responses] == strict
     for extracted in flexible + strict:
         for gold in ("so\n#### 1200", "#### 1,200", "#### -1000.50", "#### 3", "#### 8"):
             expected = exact_match_hf_evaluate([extracted], [gold], [",", "\\$", "(?s).*#### ", "\\.$"], ignore_case=True)
-            assert benchmarks.gsm8k_match(extracted, gold) == bool(expected["exact_match"])
+            assert gsm8k.gsm8k_match(extracted, gold) == bool(expected["exact_match"])

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import judges
-import sandbox
+from support import sandbox
 
 REFERENCE = """
 import contextlib, io, os, sys

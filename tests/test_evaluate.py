@@ -10,10 +10,13 @@ import answers
 import evaluate
 import lora
 import s3ft
-from data import Task, training_ids
-from evaluate import kl_drift, mcnemar, wilson
-from files import InputError, exit_cleanly, read_jsonl, write_jsonl
-from model import load_model
+from data import Task
+from engine.chat import training_ids
+from engine.model import load_model
+from evaluate import kl_drift
+from support.cli import InputError, exit_cleanly
+from support.files import read_jsonl, write_jsonl
+from support.stats import mcnemar, wilson
 
 
 @pytest.mark.parametrize(("successes", "n", "expected"), [
@@ -87,7 +90,7 @@ def test_the_llm_judge_asks_the_base_model_inside_a_trained_one(tuned, tiny):
     model, tokenizer = tuned
     base, _ = load_model(str(tiny), "cpu")
     prompts = ["Decision?", "Is 2 + 2 = 4?"]
-    assert answers.asker(model, tokenizer)(prompts) == answers.asker(base, tokenizer)(prompts)
+    assert answers.ask_base_model(model, tokenizer)(prompts) == answers.ask_base_model(base, tokenizer)(prompts)
     assert all(layer.enabled for layer in lora.layers(model).values())
 
 
@@ -95,7 +98,7 @@ def test_unreadable_verdicts_are_kept_apart_from_false_ones(loaded_run):
     """The tiny model answers the LLM judge with noise: None in the file, not accepted in the count."""
     run, task, test, model, tokenizer = loaded_run
     pairs = [(x, "4") for x in test]
-    found = answers.judged(model, tokenizer, task, pairs, run / "noise.judged.jsonl")
+    found = answers.judge_answers(model, tokenizer, task, pairs, run / "noise.judged.jsonl")
     assert set(found.values()) == {None}
     assert [row["accepted"] for row in read_jsonl(run / "noise.judged.jsonl")] == [None] * len(test)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import files
-from files import InputError
+from support import cli, files
+from support.cli import InputError
 
 
 def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path):
@@ -83,17 +83,17 @@ def test_a_users_mistake_is_one_line_and_status_2(capsys):
         raise InputError("rows.jsonl, line 3: bad")
 
     with pytest.raises(SystemExit) as end:
-        files.exit_cleanly(main)
+        cli.exit_cleanly(main)
     assert end.value.code == 2 and capsys.readouterr().err == "error: rows.jsonl, line 3: bad\n"
 
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        files.exit_cleanly(lambda: 1 / 0)
+        cli.exit_cleanly(lambda: 1 / 0)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always-full device")
 def test_a_row_that_a_full_disk_did_not_take_is_an_error(capsys):
     with pytest.raises(SystemExit) as end:
-        files.exit_cleanly(lambda: files.append_jsonl("/dev/full", {"id": "a", "response": "x" * 9000}))
+        cli.exit_cleanly(lambda: files.append_jsonl("/dev/full", {"id": "a", "response": "x" * 9000}))
     assert end.value.code == 1 and "No space left on device" in capsys.readouterr().err

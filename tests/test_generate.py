@@ -1,6 +1,5 @@
 """generate.py against transformers' own greedy generate, token for token in float32, on tiny random models."""
 
-import importlib
 import random
 import types
 import warnings
@@ -28,11 +27,13 @@ from transformers import (
     Qwen3Config,
 )
 
+import engine.attention  # noqa: F401, registers the attention that is named "rows"
 import generate as module
-from files import InputError
-from generate import Sampling, generate
+from engine import decoding
+from engine.decoding import Sampling
+from generate import generate
+from support.cli import InputError
 
-importlib.import_module("model")  # has the attention that is named "rows"
 EOS = [1, 7, 20, 30, 44, 58, 71, 93]
 SMOL = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
 PIECES = ["<s>", "</s>", "[[", "]]", "[[DO", "NE", "]", "[", "x]]y", " ", "ü", "DONE"]
@@ -336,11 +337,11 @@ def test_replaced_modules_are_used(tokenizer):
 
 def test_samples_follow_the_top_p_distribution():
     logits = torch.log(torch.tensor([[0.05, 0.5, 0.3, 0.15]]))
-    rows = [module.Row(i, [0], 1, 9) for i in range(20000)]
-    drawn = module._choose(logits.expand(20000, 4), rows, Sampling(temperature=1.0, top_p=0.8, seed=1))
+    rows = [decoding.Row(i, [0], 1, 9) for i in range(20000)]
+    drawn = decoding._choose(logits.expand(20000, 4), rows, Sampling(temperature=1.0, top_p=0.8, seed=1))
     share = torch.bincount(torch.tensor(drawn), minlength=4) / 20000
     assert torch.allclose(share, torch.tensor([0, 0.5 / 0.8, 0.3 / 0.8, 0]), atol=0.015)
-    hot = module._choose(logits.expand(20000, 4), rows, Sampling(temperature=2.0, seed=1))
+    hot = decoding._choose(logits.expand(20000, 4), rows, Sampling(temperature=2.0, seed=1))
     share = torch.bincount(torch.tensor(hot), minlength=4) / 20000
     assert torch.allclose(share, torch.softmax(logits[0] / 2, -1), atol=0.015)
     with pytest.raises(ValueError):

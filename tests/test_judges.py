@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import judges
-import ranks
 from data import Example
 from judges import (
     JUDGES,
@@ -26,6 +25,7 @@ from judges import (
     recall,
     token_recall,
 )
+from support import ranks
 
 # ------------------------------------------------------------------------------------------------ numeric
 

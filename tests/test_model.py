@@ -3,12 +3,21 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import (AutoModelForCausalLM, Gemma2Config, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config,
-                          Qwen3Config)
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from data import InputError
-from model import (HeadLoss, common_prefix, load_model, log_probs, masked_attention, packs, plain_head, row_attention,
-                   target_logits, target_loss)
+from engine.attention import masked_attention, packed_attention
+from engine.model import load_model
+from engine.packed import HeadLoss, common_prefix, log_probs, plain_head, split_by_tokens, target_logits, target_loss
+from support.cli import InputError
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0)
@@ -83,7 +92,7 @@ def test_masked_attention_is_that_of_repeated_heads(kv_heads):
 def test_scores_that_are_capped_are_left_to_transformers():
     query, mask = torch.randn(2, 4, 3, 8), torch.zeros(2, 1, 3, 3)
     with pytest.raises(ValueError, match="softcap"):
-        row_attention(torch.nn.Module(), query, query, query, mask, softcap=30.0)
+        packed_attention(torch.nn.Module(), query, query, query, mask, softcap=30.0)
 
 
 @pytest.mark.parametrize(("rows", "shared"), [
@@ -152,7 +161,7 @@ def test_log_probs_sum_over_target_tokens_only():
 
 def test_packs_keep_order_and_bound():
     rows = random_rows((9, 17, 5, 12, 40))
-    groups = list(packs(rows, tokens=26))
+    groups = list(split_by_tokens(rows, tokens=26))
     assert [row for group in groups for row in group] == rows
     assert all(sum(len(ids) for ids, _ in group) <= 26 or len(group) == 1 for group in groups)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import s3ft
-from files import add_rows, read_jsonl, resume_jsonl, write_jsonl
+from support.files import add_rows, read_jsonl, resume_jsonl, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = [{"id": f"q{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)]

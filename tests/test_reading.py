@@ -7,12 +7,11 @@ from collections import Counter
 
 import pytest
 
-import data
-import reading
-from data import Example
-from files import InputError
+import tasks
+from data import Example, hold_out
 from judges import reading_row, reading_scores
-from records import hold_out
+from support.cli import InputError
+from tasks import multidoc2dial, reading
 
 
 def put(path, content):
@@ -68,13 +67,13 @@ def test_an_id_that_is_answerable_and_not_becomes_two(tmp_path):
 def test_an_id_that_is_answerable_twice_is_refused(tmp_path):
     path = put(tmp_path / "a.json", [SLOBODKIN, SLOBODKIN])
     with pytest.raises(InputError, match="id '1' comes twice"):
-        data.load_task("custom", "", [path] * 3, "recall")
+        tasks.load_task("custom", "", [path] * 3, "recall")
 
 
 def test_a_custom_json_list_is_read_as_slobodkins(tmp_path):
     path = put(tmp_path / "a.json", [SLOBODKIN])
-    task, (rows, *_) = data.load_task("custom", "", [path] * 3, "recall")
-    assert rows == [Example("1", "q", "a", "c")] and task.train == data.READING
+    task, (rows, *_) = tasks.load_task("custom", "", [path] * 3, "recall")
+    assert rows == [Example("1", "q", "a", "c")] and task.train == reading.READING
 
 
 # ------------------------------------------------------------------------------------------------ SQuAD
@@ -127,7 +126,7 @@ def test_squad_validates_on_paragraphs_of_its_own(tmp_path, task, version):
     contexts = {f"context {i}": [question(f"{i}-{j}") for j in range(3)] for i in range(40)}
     put(tmp_path / "squad" / f"train-{version}.json", squad_file(contexts))
     put(tmp_path / "squad" / f"dev-{version}.json", squad_file({"c": [question("d")]}))
-    _, (train, validation, test) = data.load_task(task, tmp_path)
+    _, (train, validation, test) = tasks.load_task(task, tmp_path)
     assert (len(train), len(validation), [x.id for x in test]) == (108, 12, ["d"])
     assert not {x.context for x in train} & {x.context for x in validation}
 
@@ -145,7 +144,7 @@ def offline(*args, **kwargs):
 def test_a_missing_file_names_itself_and_its_home(tmp_path, monkeypatch, task, named):
     monkeypatch.setattr("urllib.request.urlopen", offline)
     with pytest.raises(InputError) as error:
-        data.load_task(task, tmp_path)
+        tasks.load_task(task, tmp_path)
     assert all(text in str(error.value) for text in (*named, str(tmp_path))) and "\n" not in str(error.value)
 
 
@@ -170,7 +169,7 @@ def test_musique_rows_come_twice_and_stay_together(tmp_path):
     rows = [musique_row(f"2hop__{i}", answerable) for i in range(30) for answerable in (True, False)]
     put_rows(tmp_path / "musique" / "musique_full_v1.0_train.jsonl", rows)
     put_rows(tmp_path / "musique" / "musique_full_v1.0_dev.jsonl", rows[:2])
-    _, (train, validation, test) = data.load_task("musique", tmp_path)
+    _, (train, validation, test) = tasks.load_task("musique", tmp_path)
     assert test == [Example("2hop__0", "Whose?", "Ann", "T0\nText 0.\n\nT1\nText 1.", aliases=("Anna",)),
                     Example("2hop__0-unanswerable", "Whose?", "unanswerable", "T0\nText 0.\n\nT1\nText 1.", unanswerable=True)]
     stems = [{x.id.removesuffix("-unanswerable") for x in part} for part in (train, validation)]
@@ -226,7 +225,8 @@ def dialogues(*found):
 
 
 def test_multidoc2dial_agent_turns(tmp_path):
-    found = reading.read_multidoc2dial(put(tmp_path / "t.json", dialogues(DIALOGUE, LOST)), put(tmp_path / "d.json", DOCUMENTS))
+    files = put(tmp_path / "t.json", dialogues(DIALOGUE, LOST)), put(tmp_path / "d.json", DOCUMENTS)
+    found = multidoc2dial.read_multidoc2dial(*files)
     opening = "agent: Hello.\nuser: Can I renew?"
     later = f"{opening}\nagent: Yes, by mail.\nuser: And my boat?"
     assert found == [
@@ -248,13 +248,13 @@ def test_multidoc2dial_is_unpacked_and_split_by_dialogue(tmp_path, monkeypatch):
     many = [DIALOGUE | {"dial_id": f"t_{i}"} for i in range(20)]
     content = archive(dialogues(*many), dialogues(DIALOGUE))
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: io.BytesIO(content))
-    task, (train, validation, test) = data.load_task("multidoc2dial", tmp_path)
+    task, (train, validation, test) = tasks.load_task("multidoc2dial", tmp_path)
     assert (len(train), len(validation), len(test), task.judge) == (54, 6, 3, "llm")
     stems = [{x.id.rpartition("_")[0] for x in part} for part in (train, validation)]
     assert not stems[0] & stems[1]
     monkeypatch.setattr("urllib.request.urlopen", offline)
     (tmp_path / "multidoc2dial" / "multidoc2dial.zip").unlink()
-    assert data.load_task("multidoc2dial", tmp_path)[1] == (train, validation, test)
+    assert tasks.load_task("multidoc2dial", tmp_path)[1] == (train, validation, test)
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -268,7 +268,7 @@ def test_multidoc2dial_is_unpacked_and_split_by_dialogue(tmp_path, monkeypatch):
     ([], "t.json: the field 'dial_data' is missing"), ("nothing", "not valid JSON")])
 def test_bad_multidoc2dial_files(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
-        reading.read_multidoc2dial(put(tmp_path / "t.json", content), put(tmp_path / "d.json", DOCUMENTS))
+        multidoc2dial.read_multidoc2dial(put(tmp_path / "t.json", content), put(tmp_path / "d.json", DOCUMENTS))
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -278,13 +278,13 @@ def test_bad_multidoc2dial_files(tmp_path, content, message):
     ({"doc_data": {"dmv": {"d1": {"doc_text": None}}}}, "d.json, document d1: the field 'doc_text' must be text, found null")])
 def test_bad_multidoc2dial_documents_are_not_blamed_on_the_dialogues(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
-        reading.read_multidoc2dial(put(tmp_path / "t.json", dialogues(DIALOGUE)), put(tmp_path / "d.json", content))
+        multidoc2dial.read_multidoc2dial(put(tmp_path / "t.json", dialogues(DIALOGUE)), put(tmp_path / "d.json", content))
 
 
 def test_a_download_that_is_no_zip(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: io.BytesIO(b"<html>"))
     with pytest.raises(InputError, match="not the archive of https://doc2dial"):
-        data.load_task("multidoc2dial", tmp_path)
+        tasks.load_task("multidoc2dial", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ metrics

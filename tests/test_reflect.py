@@ -9,13 +9,19 @@ import pytest
 import torch
 
 import answers
+import data
 import evaluate
-import model as model_module
-import reflect
-from data import CUSTOM_TASK, READING_TASK, TASKS, Example, chat_ids, prompt
-from files import InputError, exit_cleanly, read_jsonl, write_jsonl
-from model import load_model
-from reflect import REWRITE_BOTH, TAGS, Pair, ifd, parse_fields, r_ifd, score
+from data import Example, prompt
+from engine import packed
+from engine.chat import chat_ids
+from engine.model import load_model
+from examples import reflect
+from examples.reflect import REWRITE_BOTH, TAGS, Pair, ifd, parse_fields, r_ifd, score
+from support.cli import InputError, exit_cleanly
+from support.files import read_jsonl, write_jsonl
+from tasks import TASKS
+from tasks.custom import CUSTOM_TASK
+from tasks.reading import READING_TASK
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def test_a_pair_that_does_not_fit_has_no_score(loaded):
 
 def out_of_memory_above(tokens, monkeypatch):
     """Fail as a GPU does where a group holds more than `tokens`; -> the sizes of the groups that were tried."""
-    tried, real = [], model_module.target_logits
+    tried, real = [], packed.target_logits
 
     def target_logits(model, group, share_prefix):
         tried.append(sum(len(ids) for ids, _ in group))
@@ -83,17 +89,17 @@ def out_of_memory_above(tokens, monkeypatch):
             raise torch.OutOfMemoryError
         return real(model, group, share_prefix)
 
-    monkeypatch.setattr(model_module, "target_logits", target_logits)
+    monkeypatch.setattr(packed, "target_logits", target_logits)
     return tried
 
 
 def test_out_of_memory_means_smaller_groups_and_no_lost_row(loaded, monkeypatch, capsys):
     model, tokenizer = loaded
     rows = [row for pair in PAIRS.values() for row in reflect.scoring_rows(tokenizer, pair)]
-    expected = list(model_module.token_log_probs(model, rows))
+    expected = list(packed.token_log_probs(model, rows))
     total, longest = sum(len(ids) for ids, _ in rows), max(len(ids) for ids, _ in rows)
     tried = out_of_memory_above(longest, monkeypatch)
-    found = list(model_module.token_log_probs(model, rows))
+    found = list(packed.token_log_probs(model, rows))
     assert [len(row) for row in found] == [len(row) for row in expected]
     assert sum(found, []) == pytest.approx(sum(expected, []), abs=1e-4)
     failed = [size for size in tried if size > longest]
@@ -136,7 +142,7 @@ def test_a_copy_of_the_prompt_counts_as_nothing():
 
 
 class Base:
-    """What the method needs of s3ft.BaseModel, with the gold as it is."""
+    """What the method needs of s3ft.BaseLM, with the gold as it is."""
 
     def __init__(self, model, tokenizer, run, task=CUSTOM_TASK, teacher=None, trust_remote_code=False):
         self.model, self.tokenizer, self.run, self.teacher = model, tokenizer, run, teacher
@@ -272,7 +278,7 @@ def test_another_teacher_writes_and_the_student_scores(loaded, tiny, tmp_path, m
     for name, teacher in (("one", str(other)), ("two", None)):
         list(reflect.reflect(D[:1], Base(*loaded, tmp_path / name, teacher=teacher)))
         replies.append(read_jsonl(tmp_path / name / "reflect_instructions.jsonl")[0]["response"])
-    ids = chat_ids(tokenizer, reflect.fill(REWRITE_BOTH, instruction=D[0].question, answer=D[0].answer))
+    ids = chat_ids(tokenizer, data.fill(REWRITE_BOTH, instruction=D[0].question, answer=D[0].answer))
     assert replies[0] == dict(answers.generate(model, tokenizer, [ids], 5))[0].text != replies[1]
     rows = [read_jsonl(tmp_path / name / "reflect.jsonl")[0]["scores"]["original"] for name in ("one", "two")]
     assert rows[0] == rows[1]

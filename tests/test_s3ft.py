@@ -16,14 +16,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import answers
 import evaluate
 import lora
 import s3ft
-from data import CUSTOM_TASK, Example, training_ids
-from files import InputError, exit_cleanly, read_jsonl, write_jsonl
+import train
+from answers import Answer
+from data import Example
+from engine.chat import training_ids
+from engine.model import load_model
+from examples import reflect
 from judges import leaks
-from model import load_model
-from s3ft import Judged
+from support.cli import InputError, exit_cleanly
+from support.files import read_jsonl, write_jsonl
+from tasks.custom import CUSTOM_TASK
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +58,7 @@ class FakeBase:
 
     def _answer(self, kind, D):
         self.asked[kind] = "".join(x.id for x in D)
-        return {x.id: Judged(f"{kind} {x.id}", x.id in self.accepted[kind]) for x in D}
+        return {x.id: Answer(f"{kind} {x.id}", x.id in self.accepted[kind]) for x in D}
 
 
 D = [Example(id, "q", "a") for id in "abcd"]
@@ -88,8 +94,8 @@ def test_ssr_never_paraphrases():
 
 
 def test_rft_takes_the_likeliest_accepted_sample_and_drops_the_rest():
-    samples = {"a": [Judged("likely but wrong", False, -1), Judged("second", True, -3), Judged("best", True, -2)],
-               "b": [Judged("wrong", False, -1)], "c": [Judged("only", True, -9)], "d": []}
+    samples = {"a": [Answer("likely but wrong", False, -1), Answer("second", True, -3), Answer("best", True, -2)],
+               "b": [Answer("wrong", False, -1)], "c": [Answer("only", True, -9)], "d": []}
     assert targets(s3ft.rft, FakeBase(samples=samples)) == [("a", "best", "prediction"), ("c", "only", "prediction")]
 
 
@@ -123,7 +129,7 @@ def trained(model, rows, micro_batch):
     model = copy.deepcopy(model)
     lora.inject(model, dropout=0.0, seed=0)
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=0.01)
-    losses = [s3ft.optimizer_step(s3ft.Loss(model), optimizer, rows, settings(micro_batch=micro_batch))[0] for _ in range(3)]
+    losses = [train.optimizer_step(train.Loss(model), optimizer, rows, settings(micro_batch=micro_batch))[0] for _ in range(3)]
     return lora.state_dict(model), losses
 
 
@@ -148,21 +154,21 @@ def test_loss_is_the_mean_over_all_target_tokens_of_the_step(loaded, rows):
     lora.inject(model, seed=0)
     model.eval()
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=0.0)
-    loss, count = s3ft.optimizer_step(s3ft.Loss(model), optimizer, rows, settings(micro_batch=3))
+    loss, count = train.optimizer_step(train.Loss(model), optimizer, rows, settings(micro_batch=3))
     assert count == len(pooled) and loss == pytest.approx(sum(pooled) / len(pooled), abs=1e-5)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_loses_no_row(loaded, rows, monkeypatch, capsys):
     """A device that holds two rows: the step goes on in parts, and ends with the weights of an undisturbed one."""
     whole, losses = trained(loaded[0], rows, 8)
-    forward = s3ft.Loss.forward
+    forward = train.Loss.forward
 
     def small_device(self, part, share_prefix):
         if len(part) > 2:
             raise torch.OutOfMemoryError("simulated")
         return forward(self, part, share_prefix)
 
-    monkeypatch.setattr(s3ft.Loss, "forward", small_device)
+    monkeypatch.setattr(train.Loss, "forward", small_device)
     parts, part_losses = trained(loaded[0], rows, 8)
     assert losses == pytest.approx(part_losses, abs=1e-5)
     for name, weight in whole.items():
@@ -171,20 +177,20 @@ def test_out_of_memory_halves_the_micro_batch_and_loses_no_row(loaded, rows, mon
 
 
 def test_learning_rate_warms_up_and_decays_to_zero():
-    rates = [s3ft.learning_rate(step, settings()) for step in range(8)]
+    rates = [train.learning_rate(step, settings()) for step in range(8)]
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.05 / 6, 0.04 / 6, 0.03 / 6, 0.02 / 6, 0.01 / 6])
 
 
 def test_every_epoch_sees_every_row_once_in_a_new_order():
-    steps = list(s3ft.step_rows(n=10, batch_size=5, steps=6, seed=1))
+    steps = list(train.step_rows(n=10, batch_size=5, steps=6, seed=1))
     epochs = [sorted(steps[i] + steps[i + 1]) for i in (0, 2, 4)]
     assert epochs == [list(range(10))] * 3
     assert len({tuple(steps[i] + steps[i + 1]) for i in (0, 2, 4)}) == 3
-    assert steps[:3] == list(s3ft.step_rows(10, 5, 3, seed=1)) != list(s3ft.step_rows(10, 5, 3, seed=2))
+    assert steps[:3] == list(train.step_rows(10, 5, 3, seed=1)) != list(train.step_rows(10, 5, 3, seed=2))
 
 
 def test_a_batch_larger_than_the_data_goes_round():
-    assert [len(batch) for batch in s3ft.step_rows(n=3, batch_size=8, steps=2, seed=0)] == [8, 8]
+    assert [len(batch) for batch in train.step_rows(n=3, batch_size=8, steps=2, seed=0)] == [8, 8]
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -231,13 +237,13 @@ def test_responses_that_are_there_already_are_not_made_again(command, monkeypatc
     rows = read_jsonl(out / "predictions.jsonl")
     write_jsonl(out / "predictions.jsonl", rows[:9])
     made = []
-    generate = s3ft.respond.__globals__["generate"]
+    generate = answers.respond.__globals__["generate"]
 
     def counting(model, tokenizer, prompts, *args, **kwargs):
         made.append(len(prompts))
         return generate(model, tokenizer, prompts, *args, **kwargs)
 
-    monkeypatch.setitem(s3ft.respond.__globals__, "generate", counting)
+    monkeypatch.setitem(answers.respond.__globals__, "generate", counting)
     s3ft.main([*argv, "--method=ssr", "--steps=2"])
     assert made[0] == 3
     assert [row["id"] for row in read_jsonl(out / "predictions.jsonl")] == [row["id"] for row in QUESTIONS]
@@ -256,9 +262,9 @@ def test_a_replaced_response_is_judged_anew(command):
 def test_samples_do_not_depend_on_what_was_made_before(loaded, tmp_path):
     task = replace(CUSTOM_TASK, judge="numeric", max_new_tokens=6)
     examples = [Example(row["id"], row["question"], row["answer"]) for row in QUESTIONS]
-    whole = s3ft.BaseModel(*loaded, task, tmp_path / "whole").sample(examples, 2)
+    whole = answers.BaseLM(*loaded, task, tmp_path / "whole").sample(examples, 2)
     write_jsonl(tmp_path / "part" / "samples.jsonl", read_jsonl(tmp_path / "whole" / "samples.jsonl")[::2])
-    assert s3ft.BaseModel(*loaded, task, tmp_path / "part").sample(examples, 2) == whole
+    assert answers.BaseLM(*loaded, task, tmp_path / "part").sample(examples, 2) == whole
     assert len({y.text for samples in whole.values() for y in samples}) > 12
     files = [tmp_path / name / "samples.jsonl" for name in ("whole", "part")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -463,22 +469,10 @@ def test_reflect_is_a_method_like_the_others(command, loaded):
         replies = {x["id"]: " ".join(f"[{tag}] {chr(97 + len(tags) * i) * (i + 9)} [End]" for tag in tags)
                    for i, x in enumerate(QUESTIONS)}
         write_jsonl(out / f"reflect_{kind}.jsonl", [{"id": name, "response": reply} for name, reply in replies.items()])
-    s3ft.main([*argv, "--method=reflect"])
+    reflect.main([*argv, "--method=reflect"])
     trace = {row["id"]: row for row in read_jsonl(out / "reflect.jsonl")}
     kept = read_jsonl(out / "reflect" / "train.jsonl")
     assert kept and {row["id"] for row in kept} == {name for name, row in trace.items() if row["emitted"]}
     for row in kept:
         assert row["source"] == "reflection" and row["response"] == trace[row["id"]]["response"]
         assert row["scores"] == trace[row["id"]]["scores"] and row["scores"]["phase_2"]["ifd"] < 1
-
-
-def test_the_order_of_imports_is_downward():
-    """Each module imports only modules above it in this list."""
-    import ast
-    order = ["ranks", "files", "records", "stats", "reading", "data", "generate", "sandbox_child", "sandbox", "judges", "lora",
-             "model", "likelihood", "benchmarks", "report", "audit", "answers", "reflect", "evaluate", "s3ft"]
-    assert sorted(order) == sorted(path.stem for path in ROOT.glob("*.py"))
-    for i, name in enumerate(order):
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
-            assert not set(names) & set(order[i:]), f"{name} imports {names}"

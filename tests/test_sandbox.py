@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import sandbox
+from support import sandbox
 
-ROOT = Path(sandbox.__file__).parent
+ROOT = Path(__file__).parent.parent
 EQUALITY, CLAIM = "assert f(1) == 2", "assert f(1) in (2, 3)"
 LOOP = "for i in range(3):\n    assert f(i) == i + 1\n    assert f(i) > i"  # runs beside the program
 HONEST, WRONG = "def f(x): return x + 1", "def f(x): return x - 1"
@@ -400,7 +400,7 @@ def test_a_sleeping_program_is_ended_by_the_wall_clock(monkeypatch):
 
 def peak_of_judging(program: str) -> int:
     """The most memory (kB) that a judge of its own process ever held while it refused a program."""
-    judge = f"import re, sandbox; assert not sandbox.passes({program!r}, [{EQUALITY!r}], cpu_seconds=2)\n" \
+    judge = f"import re; from support import sandbox; assert not sandbox.passes({program!r}, [{EQUALITY!r}], cpu_seconds=2)\n" \
             "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     return int(subprocess.run([sys.executable, "-c", judge], cwd=ROOT, capture_output=True, check=True, text=True).stdout)
 
@@ -561,7 +561,7 @@ def test_no_process_and_no_file_is_left(monkeypatch, tmp_path):
 
 @isolated
 def test_a_child_dies_with_its_parent(tmp_path):
-    code = f"import tempfile, sandbox; tempfile.tempdir = {str(tmp_path)!r}\n" \
+    code = f"import tempfile; from support import sandbox; tempfile.tempdir = {str(tmp_path)!r}\n" \
            "sandbox.passes('import time; time.sleep(60)', ['assert 1'])"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     wait_until(lambda: running_in(tmp_path))

@@ -32,13 +32,13 @@ gettid 186 178, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177
 sched_getaffinity 204 123, getrandom 318 278, futex 202 98, set_robust_list 273 99, rseq 334 293, exit 60 93,
 exit_group 231 94
 """
+
 # Allowed by an argument: name, numbers, which argument, a mask, and whether some bit of it must be set or none may be.
 CONDITIONAL = (
     ("clone", 56, 220, 0, 0x10000, True),  # CLONE_THREAD: a thread, never a process
     ("openat", 257, 56, 2, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC, False),  # to read, not to write
 )
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
-
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -117,9 +117,6 @@ def lock_down(cpu_seconds: int, memory: int) -> list[str]:
         except (OSError, ValueError, KeyError, AttributeError):
             missing.append(name)
     return missing
-
-
-# ------------------------------------------------------------------------------------------------ running the program
 
 
 def literal(value) -> str:

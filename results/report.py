@@ -3,30 +3,13 @@
 Nothing is measured here: a report holds what is in results.json, and shares and means of it.
 """
 
-import math
 from pathlib import Path
 from statistics import mean
 
-from files import write_text
+from results.figures import KINDS, draw_log_probabilities
+from results.paper import PAPER_ACCURACY, PAPER_BENCHMARKS, PAPER_SOURCES
+from support.files import write_text
 
-# What the paper reports for Mistral-7B-Instruct-v0.2, in percent: Table 2, Table 3, Table 4.
-PAPER_ACCURACY = {
-    "gsm8k": {"base": 40.3, "sft": 53.4, "sdft": 54.8, "s3ft": 56.9},
-    "mbpp": {"base": 22.2, "sft": 32.8, "sdft": 35.8, "s3ft": 39.4},
-    "nq": {"base": 64.7, "sft": 60.0, "sdft": 67.1, "s3ft": 67.1},
-}
-PAPER_SOURCES = {"gsm8k": (49.5, 42.1, 8.4), "mbpp": (30.2, 32.4, 37.4), "nq": (66.0, 25.6, 8.1)}
-PAPER_BENCHMARKS = {  # MMLU, TruthfulQA, HellaSwag, WinoGrande, average
-    task: {"base": (58.7, 59.6, 66.0, 74.0, 64.6), **trained} for task, trained in {
-        "gsm8k": {"sft": (57.0, 48.0, 62.4, 73.4, 60.2), "sdft": (57.6, 51.1, 62.6, 73.6, 61.2),
-                  "s3ft": (58.2, 53.7, 63.2, 73.5, 62.1)},
-        "mbpp": {"sft": (57.5, 51.9, 64.7, 73.6, 61.9), "sdft": (57.1, 56.6, 65.2, 73.4, 63.1),
-                 "s3ft": (58.0, 57.2, 64.9, 74.4, 63.6)},
-        "nq": {"sft": (54.4, 45.7, 63.1, 72.0, 58.8), "sdft": (55.2, 53.9, 65.3, 72.6, 61.8),
-               "s3ft": (57.0, 54.1, 64.8, 72.6, 62.1)},
-    }.items()
-}
-KINDS = ("predictions", "paraphrases", "golds")
 SOURCES = ("prediction", "paraphrase", "gold")
 
 
@@ -210,27 +193,3 @@ def log_probability_lines(scores: dict) -> str:
     kinds = [[kind, str(len(scores[kind])), f"{mean(scores[kind]):.1f}"] for kind in KINDS if scores[kind]]
     table = markdown_table(["responses", "n", "mean log p(y given x), nats"], kinds)
     return f"{table}\n\n{scores['n']} random training rows ({scores['rows']})."
-
-
-def draw_log_probabilities(scores: dict, path: Path) -> bool:
-    """Fig. 2 as an SVG -> was matplotlib (the extra `plots`) there to draw it?"""
-    try:
-        import matplotlib
-    except ImportError:
-        print("figures: skipped, matplotlib is not installed (pip install 's3ft[plots]')")
-        return False
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "s3ft"  # the same bytes for the same numbers
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    lowest = math.floor(min(min(scores[kind], default=0) for kind in KINDS))
-    bins = [lowest * (1 - i / 24) for i in range(25)]
-    for kind, label in (("golds", "gold responses"), ("paraphrases", "gold paraphrases"), ("predictions", "model responses")):
-        if scores[kind]:
-            axes.hist(scores[kind], bins=bins, alpha=0.55, label=f"{label} (mean {mean(scores[kind]):.1f})")
-    axes.set(xlabel="log p(y | x) under the base model, nats", ylabel="rows")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    return True

@@ -75,8 +75,6 @@ def passes(program: str, tests: Sequence[str], setup: str = "", cpu_seconds: flo
     return held is not None and all(held[1:])
 
 
-# ------------------------------------------------------------------------------------------------ taking tests apart
-
 VALUE = "_value_"
 NOT_PLAIN = ...  # what an object of the program's own crosses as: it is equal to nothing
 CLEAN = {*dir(builtins), "math", "cmath", "sys"}  # names that mean the same without the program
@@ -166,9 +164,6 @@ class _LiftCalls(ast.NodeTransformer):
         return ast.Name(f"{VALUE}{self.start + len(self.calls) - 1}", ast.Load())
 
 
-# ------------------------------------------------------------------------------------------------ one child
-
-
 def evaluate(sources: list[tuple[str, str]], names: dict, cpu_seconds: float) -> list | None:
     """The values of Python sources ("exec" gives None) run in turn in one sandboxed child; None if one failed."""
     reply = converse(sources, names, cpu_seconds)
@@ -227,9 +222,6 @@ def starved(pid: int) -> float:
         with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that just ended
             total += int(task.read_text().split()[1])
     return total / 1e9
-
-
-# ------------------------------------------------------------------------------------------------ what is in force
 
 
 @functools.cache

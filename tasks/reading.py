@@ -24,66 +24,26 @@ Decided here, the papers being silent:
 
 import json
 import random
-import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from files import InputError, download, read_json, read_jsonl, write_bytes
-from records import ABSTAIN, EXAMPLES, SPLIT_SEED, Example, Splits, hold_out
+from data import ABSTAIN, EXAMPLES, PARAPHRASE_FRAME, SPLIT_SEED, Example, Splits, Task, hold_out
+from support.cli import InputError
+from support.files import download, read_json, read_jsonl
+from tasks.rows import answerable, list_of, need, rename_unanswerable_twins, text_of, unanswerable
 
+READING = """\
+Answer the question from the context only, in one short sentence. If the context does not hold the answer, reply with the \
+single word: unanswerable.
+
+Context:
+{{context}}
+
+Question:
+{{question}}"""  # ours
 SQUAD_HOME = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 NQ_HOME = "https://github.com/lovodkin93/unanswerability (a zip on a file-sharing page: unpack its raw_data/NQ)"
 MUSIQUE_HOME = "https://github.com/StonyBrookNLP/musique (a zip on a file-sharing page: unpack its data folder)"
-MULTIDOC2DIAL_HOME = "https://doc2dial.github.io/multidoc2dial/file/multidoc2dial.zip"
-
-
-def need(path: Path, home: str) -> Path:
-    """The path of a file that has no plain download. InputError: it is not there."""
-    if not path.exists():
-        raise InputError(f"{path} is missing and has no plain download: get it from {home} and put it at {path}")
-    return path
-
-
-def field_of(row: dict, field: str, kind: type, called: str, where: str):
-    """row[field], which must be of that kind. InputError: `where` and the field."""
-    if not isinstance(row, dict) or field not in row:
-        raise InputError(f"{where}: the field {field!r} is missing")
-    if not isinstance(row[field], kind) or isinstance(row[field], bool):  # a bool is an int in Python
-        raise InputError(f"{where}: the field {field!r} must be {called}, found {json.dumps(row[field])[:40]}")
-    return row[field]
-
-
-def text_of(row: dict, field: str, where: str) -> str:
-    """A text; a number, as ids and answers often are, becomes one."""
-    return str(field_of(row, field, str | int | float, "text", where))
-
-
-def list_of(row: dict, field: str, where: str) -> list:
-    return field_of(row, field, list, "a list", where)
-
-
-def object_of(row: dict, field: str, where: str) -> dict:
-    return field_of(row, field, dict, "an object", where)
-
-
-def unanswerable(id: str, question: str, context: str) -> Example:
-    return Example(id, question, ABSTAIN, context, unanswerable=True)
-
-
-def answerable(id: str, question: str, context: str, golds) -> Example:
-    """The first gold is the answer, the others (once each) its aliases."""
-    answer, *aliases = dict.fromkeys(golds)
-    return Example(id, question, answer, context, aliases=tuple(aliases))
-
-
-def apart(rows: list[Example]) -> list[Example]:
-    """Tell the two rows of one id apart, where one has an answer and the other has none."""
-    answered = {row.id for row in rows if not row.unanswerable}
-    return [replace(row, id=f"{row.id}-{ABSTAIN}") if row.unanswerable and row.id in answered else row for row in rows]
-
-
-# ------------------------------------------------------------------------------------------------ Slobodkin et al., 2023
 
 
 def load_nq(folder: Path) -> Splits:
@@ -96,7 +56,7 @@ def read_slobodkin(path: Path) -> list[Example]:
     rows = read_json(path)
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a JSON list of rows")
-    return apart([_slobodkin_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)])
+    return rename_unanswerable_twins([_slobodkin_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)])
 
 
 def _slobodkin_example(row: dict, where: str) -> Example:
@@ -127,9 +87,6 @@ def _additional(row: dict) -> dict:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-# ------------------------------------------------------------------------------------------------ SQuAD
 
 
 def load_squad(folder: Path, version: str = "2.0") -> Splits:
@@ -171,9 +128,6 @@ def _squad_example(context: str, qa: dict, where: str) -> Example:
     return answerable(id, question, context, [text_of(answer, "text", where) for answer in list_of(qa, "answers", where)])
 
 
-# ------------------------------------------------------------------------------------------------ MuSiQue
-
-
 def load_musique(folder: Path) -> Splits:
     """MuSiQue-Full (Trivedi et al., 2022): its dev set tests; the two rows of one question are never in two splits."""
     names = [f"musique_full_v1.0_{name}.jsonl" for name in ("train", "dev")]
@@ -184,7 +138,7 @@ def load_musique(folder: Path) -> Splits:
 def read_musique(path: Path) -> list[Example]:
     """JSONL rows {id, paragraphs, question, answer, answer_aliases, answerable}; all paragraphs are the context."""
     rows = read_jsonl(path, ("id", "paragraphs", "question"))
-    return apart([_musique_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)])
+    return rename_unanswerable_twins([_musique_example(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)])
 
 
 def _musique_example(row: dict, where: str) -> Example:
@@ -198,65 +152,6 @@ def _musique_example(row: dict, where: str) -> Example:
     if not golds:
         raise InputError(f"{where}: the field 'answer' is missing (the test set has none: take the dev set)")
     return answerable(id, question, context, [*golds, *_golds({"answers": row.get("answer_aliases")})])
-
-
-# ------------------------------------------------------------------------------------------------ MultiDoc2Dial
-
-
-def load_multidoc2dial(folder: Path) -> Splits:
-    """MultiDoc2Dial (Feng et al., 2021): its validation set tests; validation is apart from training by dialogue."""
-    folder = folder / "multidoc2dial"
-    paths = [folder / f"multidoc2dial_{name}.json" for name in ("dial_train", "dial_validation", "doc")]
-    if not all(path.exists() for path in paths):
-        _unpack(folder, [path.name for path in paths])
-    train, test = (read_multidoc2dial(path, paths[2]) for path in paths[:2])
-    return *hold_out(train, lambda row: row.id.rpartition("_")[0]), test
-
-
-def _unpack(folder: Path, names: list[str]) -> None:
-    archive = folder / "multidoc2dial.zip"
-    download(MULTIDOC2DIAL_HOME, archive)
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            for name in names:
-                write_bytes(folder / name, opened.read(f"multidoc2dial/{name}"))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise InputError(f"{archive}: not the archive of {MULTIDOC2DIAL_HOME} ({error}): remove it and try again") from None
-
-
-def read_multidoc2dial(dialogues: Path, documents: Path) -> list[Example]:
-    """Agent turns that answer a user turn, one row each, named dial_id_turn_id."""
-    domains = object_of(read_json(documents), "doc_data", str(documents))
-    texts = {id: text_of(document, "doc_text", f"{documents}, document {id}")
-             for domain in domains for id, document in object_of(domains, domain, f"{documents}, doc_data").items()}
-    domains = object_of(read_json(dialogues), "dial_data", str(dialogues))
-    return [row for domain in domains
-            for number, dialogue in enumerate(list_of(domains, domain, f"{dialogues}, dial_data"), 1)
-            for row in _agent_turns(dialogue, texts, f"{dialogues}, domain {domain}, dialogue {number}")]
-
-
-def _agent_turns(dialogue: dict, texts: dict[str, str], where: str) -> Iterator[Example]:
-    said, before, shown = [], "", []
-    dial_id = text_of(dialogue, "dial_id", where)
-    for number, turn in enumerate(list_of(dialogue, "turns", where), 1):
-        id = f"{dial_id}_{text_of(turn, 'turn_id', f'{where}, turn {number}')}"
-        here = f"{where}, turn {id}"
-        role, utterance = text_of(turn, "role", here), " ".join(text_of(turn, "utterance", here).split())
-        references = list_of(turn, "references", here) if turn.get("references") else []
-        named = list(dict.fromkeys(text_of(reference, "doc_id", here) for reference in references))
-        for name in named:
-            if name not in texts:
-                raise InputError(f"{here}: the document {name!r} is in no multidoc2dial_doc.json")
-        shown = named or shown
-        if role == "agent" and before == "user" and shown:
-            context, question = "\n\n".join(texts[name] for name in shown), "\n".join(said)
-            none = turn.get("da") == "respond_no_solution"
-            yield unanswerable(id, question, context) if none else answerable(id, question, context, [utterance])
-        said.append(f"{role}: {utterance}")
-        before = role
-
-
-# ------------------------------------------------------------------------------------------------ the embedded set
 
 
 def load_reading(folder: Path) -> Splits:
@@ -284,3 +179,6 @@ def read_reading_json(path: Path) -> list[Example]:
     if isinstance(read_json(path), list):
         return read_slobodkin(path)
     return [row for article in read_squad(path) for row in article]
+
+
+READING_TASK = Task(load_reading, "recall", READING, READING, PARAPHRASE_FRAME % READING, max_new_tokens=64)

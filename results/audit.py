@@ -14,9 +14,10 @@ import io
 import random
 from pathlib import Path
 
-from files import InputError, read_jsonl, resume_jsonl, write_json, write_jsonl, write_text
-from records import Example
-from stats import kappa, wilson
+from data import Example
+from support.cli import InputError
+from support.files import read_jsonl, resume_jsonl, write_json, write_jsonl, write_text
+from support.stats import kappa, wilson
 
 COLUMNS = ("row", "question", "context", "gold", "response", "human")
 ANSWERS = {"yes": True, "y": True, "true": True, "1": True, "no": False, "n": False, "false": False, "0": False}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from files import InputError
+from support.cli import InputError
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}  # that a forward holds, with padding and every row's prefix; 4096 elsewhere
 WORTH_SHARING = 8  # tokens: a shorter prefix is not kept as keys and values
@@ -49,9 +49,6 @@ class Request:
     @property
     def context(self) -> list[int]:
         return self.ids[:-self.scored]
-
-
-# ------------------------------------------------------------------------------------------------ words -> tokens
 
 
 @dataclass(frozen=True)
@@ -122,9 +119,6 @@ def max_length(model, tokenizer) -> int:
     return tokenizer.model_max_length if tokenizer.model_max_length < 1e29 else DEFAULT_MAX_LENGTH
 
 
-# ------------------------------------------------------------------------------------------------ tokens -> trees
-
-
 @dataclass(frozen=True)
 class Tree:
     """The inputs of some requests, what they begin with alike being there once (a token trie)."""
@@ -167,9 +161,6 @@ def separate(requests: dict[int, Request]) -> list[Tree]:
     for number, request in requests.items():
         alike.setdefault(tuple(request.ids[:-1]), {})[number] = request
     return [grow(group) for group in alike.values()]
-
-
-# ------------------------------------------------------------------------------------------------ trees -> log-likelihoods
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Selective Reflection-Tuning (Li et al., 2402.10110): a teacher rewrites each row, the student's own scores say what to keep.
 
-    python s3ft.py --task T --method reflect --teacher NAME_OR_FOLDER --out RUN      a method like the others
-    python reflect.py --score FILE --model M --out F                                 both scores for any (question, answer) rows
+    python -m examples.reflect --task T --method reflect --teacher NAME_OR_FOLDER --out RUN      a method like the others
+    python -m examples.reflect --score FILE --model M --out F      both scores for any (question, answer) rows
 
 The student is the base model, and so is the teacher where --teacher names no other. Phase 1: the teacher criticises a pair
 (x, y) and writes a new instruction with a new answer; they stay iff their IFD is higher, that is, iff the student needs the
@@ -30,6 +30,7 @@ import argparse
 import gc
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +39,14 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from answers import judged, read_responses, respond
-from data import Example, chat_ids, fill, prompt
-from files import InputError, exit_cleanly, fail, read_json, read_jsonl, write_json, write_jsonl
-from model import Row, context_length, load_model, token_log_probs
-
-# ------------------------------------------------------------------------------------------------ the scores
+import s3ft
+from answers import judge_answers, read_responses, respond
+from data import Example, fill, prompt
+from engine.chat import chat_ids
+from engine.model import context_length, load_model
+from engine.packed import Row, token_log_probs
+from support.cli import InputError, exit_cleanly, one_line_error
+from support.files import read_json, read_jsonl, write_json, write_jsonl
 
 
 def perplexity(log_probs: Sequence[float]) -> float:
@@ -112,8 +115,6 @@ def score_all(model, tokenizer, pairs: dict[str, Pair], where: str, label: str =
     return found
 
 
-# ------------------------------------------------------------------------------------------------ the teacher
-
 REWRITE_BOTH = """\
 Below are an instruction and an answer to it. Your task is to make both better.
 
@@ -132,7 +133,6 @@ is and is not repeated. Then write a full answer to it. If the answer above ends
 Write the result of step 3 exactly so:
 [New Instruction] the new instruction [End]
 [New Answer] the new answer [End]"""
-
 REWRITE_ANSWER = """\
 Below are an instruction and an answer to it. Your task is to make the answer better.
 
@@ -147,7 +147,6 @@ Below are an instruction and an answer to it. Your task is to make the answer be
 
 Write the result of step 2 exactly so:
 [Better Answer] the better answer [End]"""
-
 REMINDER = "\n\nYour last reply was not in this form. Leave out the criticism and write only {{tags}}."
 TAGS = {REWRITE_BOTH: ("New Instruction", "New Answer"), REWRITE_ANSWER: ("Better Answer",)}
 ANY_TAG = r"\[(?:New Instruction|New Answer|Better Answer|End)\]"
@@ -209,9 +208,6 @@ def shown(x: Example) -> str:
     return x.question + context + tests
 
 
-# ------------------------------------------------------------------------------------------------ the method
-
-
 def reflect(D, base):
     """Selective Reflection-Tuning: yields (x with its new question, new answer, "reflection", what its phases said)."""
     golds = pairs = {x.id: (x, base.gold(x)) for x in D}
@@ -259,10 +255,7 @@ def outcome(name: str, rewritten: dict, scores: dict, kept: set[str]) -> str:
 
 def check_unchanged(base, pairs: dict[str, tuple[Example, str]]) -> dict[str, bool | None]:
     """The judge's verdict on new answers to old questions. It selects nothing; None: a verdict that could not be read."""
-    return judged(base.model, base.tokenizer, base.task, list(pairs.values()), base.run / "reflect.judged.jsonl")
-
-
-# ------------------------------------------------------------------------------------------------ the command line
+    return judge_answers(base.model, base.tokenizer, base.task, list(pairs.values()), base.run / "reflect.judged.jsonl")
 
 
 def score_file(args) -> None:
@@ -282,8 +275,13 @@ def score_file(args) -> None:
 
 
 def main(argv=None) -> None:
+    """With --score a file is scored. Without it, a run of s3ft.py with one more method."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not any(flag.startswith("--score") for flag in argv):
+        s3ft.METHODS["reflect"] = reflect
+        return s3ft.main(argv)
     parser = argparse.ArgumentParser(description="IFD and r-IFD of (question, answer) rows.", allow_abbrev=False)
-    parser.error = fail  # one line, without the usage
+    parser.error = one_line_error  # one line, without the usage
     parser.add_argument("--score", required=True, type=Path, metavar="FILE", help="JSONL rows: question, answer (and context)")
     parser.add_argument("--model", required=True, help="the student: Hugging Face name or folder")
     parser.add_argument("--out", required=True, type=Path, metavar="F", help="the rows again, with ifd and r_ifd")
