@@ -96,7 +96,7 @@ class Encoder:
             system = {"role": "system", "content": option.description}
             try:
                 return self.chat([system, *turns]), option.continuation
-            except Exception:  # whatever it raises; a template that is wrong without it too raises again below
+            except Exception:  # whatever it raises; a template wrong without it too raises again below
                 pass
         return self.chat(turns), option.continuation
 
