@@ -156,9 +156,8 @@ SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of rft
 class BaseLM:
     """M_θ0 with a task and its judge. Every response and verdict is kept in the run folder, and never made twice."""
 
-    def __init__(self, model, tokenizer, task: Task, run: Path, teacher: str | None = None, trust_remote_code: bool = False):
+    def __init__(self, model, tokenizer, task: Task, run: Path):
         self.model, self.tokenizer, self.task, self.run = model, tokenizer, task, run
-        self.teacher, self.trust_remote_code = teacher, trust_remote_code  # of method reflect
 
     def gold(self, x: Example) -> str:
         return self.task.gold(x)

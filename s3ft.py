@@ -88,16 +88,13 @@ METHODS = {"sft": sft, "sdft": sdft, "ssr": ssr, "s3ft": s3ft, "rft": rft}
 
 
 def build(method, D: list[Example], base: BaseLM, path: Path) -> list[dict]:
-    """D' as rows {id, prompt, response, source}, written to `path` once and read from there afterwards.
-
-    A method may yield a dictionary of its own beside (x, target, source); its fields are written with the row.
-    """
+    """D' as rows {id, prompt, response, source}, written to `path` once and read from there afterwards."""
     missing = not path.exists()
     ranks.barrier()  # all have looked, before rank 0 may write it
     if missing:
         targets = METHODS[method](D, base)
         write_jsonl(path, [{"id": x.id, "prompt": prompt(base.task.train, x), "response": target, "source": source}
-                           | dict(*further) for x, target, source, *further in targets])
+                           for x, target, source in targets])
     ranks.barrier()  # rank 0 has written it
     return read_jsonl(path, ("id", "prompt", "response", "source"))
 
@@ -174,7 +171,7 @@ def run(args) -> None:
     for path, values, _ in settings:  # only now: a mistyped flag must not mark the folder
         if not path.exists():
             write_json(path, values)
-    base = BaseLM(model, tokenizer, task, args.out, args.teacher, args.trust_remote_code)
+    base = BaseLM(model, tokenizer, task, args.out)
     with lora.disabled(model):
         rows = build(args.method, D, base, folder / "train.jsonl")
     if not rows:
@@ -227,7 +224,6 @@ def parse(argv=None):
     generation.add_argument("--max-new-tokens", type=positive_int, help="length limit of a response (default: the task's)")
     generation.add_argument("--sandbox", choices=("best", "strict"), default="best",
                             help="code judge: strict refuses to run where a layer of isolation is missing (%(default)s)")
-    generation.add_argument("--teacher", metavar="NAME_OR_FOLDER", help="reflect: who rewrites (default: the base model)")
     adapter = parser.add_argument_group("LoRA (section 3)")
     adapter.add_argument("--rank", type=positive_int, default=8, help="r (%(default)s)")
     adapter.add_argument("--alpha", type=non_negative_float, default=16, help="scale = alpha / r (%(default)s)")
@@ -266,8 +262,6 @@ def complete(args):
     args.name = args.name or args.method
     if args.name in ("base", "figures") or Path(args.name).name != args.name or args.name.startswith("."):
         raise InputError(f"--name {args.name}: must be the name of one new folder in --out, and not base or figures")
-    if args.teacher and args.method != "reflect":
-        raise InputError(f"--teacher goes with --method reflect; {args.method} has none")
     args.steps = args.steps or task.steps
     args.eval_every = min(args.eval_every or task.eval_every, args.steps)
     if args.batch_size < ranks.WORLD:
