@@ -4,6 +4,7 @@ import contextlib
 import math
 import resource
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -66,9 +67,15 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None, t
     return model.to(device).eval(), tokenizer
 
 
-def context_length(model) -> float:
-    """How many tokens the model takes; infinity where its configuration does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+def load_config(name: str, trust_remote_code: bool = False):
+    """A model's configuration: a small file, read long before its weights."""
+    with loading_error_as_one_line(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def context_length(config) -> float:
+    """How many tokens a model of this configuration takes. Infinity where it does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
 
 def count_weights(name: str, trust_remote_code: bool = False) -> int:
@@ -85,3 +92,11 @@ def peak_memory_gib() -> float:
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
+
+
+def reset_peak_memory() -> None:
+    """From here on, peak_memory_gib counts anew (on a GPU, and on Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # no Linux
+        Path("/proc/self/clear_refs").write_text("5")

@@ -40,13 +40,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import s3ft
-from answers import judge_answers, read_responses, respond
+from answers import Limits, judge_answers, respond
 from data import Example, fill, prompt
 from engine.chat import chat_ids
 from engine.model import context_length, load_model
 from engine.packed import Row, token_log_probs
 from support.cli import InputError, exit_cleanly, one_line_error
-from support.files import read_json, read_jsonl, write_json, write_jsonl
+from support.files import read_json, read_jsonl, resume_jsonl, write_json, write_jsonl
 
 
 def perplexity(log_probs: Sequence[float]) -> float:
@@ -94,7 +94,7 @@ def scoring_rows(tokenizer, pair: Pair) -> list[Row]:
 
 def score(model, tokenizer, pairs: dict[str, Pair], label: str = "scores") -> dict[str, dict[str, float]]:
     """id -> {"ifd", "r_ifd"} of every pair that fits the model's context; the others are not in the answer."""
-    longest = context_length(model)
+    longest = context_length(model.config)
     rows = {name: scoring_rows(tokenizer, pair) for name, pair in pairs.items()}
     rows = {name: four for name, four in rows.items() if max(len(ids) for ids, _ in four) <= longest}
     logs = token_log_probs(model, [row for four in rows.values() for row in four])
@@ -177,10 +177,10 @@ class Teacher:
 
     def ask(self, prompts: dict[str, str], kind: str) -> dict[str, str]:
         path = self.base.run / f"{kind}.jsonl"
-        if self.base.teacher and not self.other and prompts.keys() - {row["id"] for row in read_responses(path)}:
+        if self.base.teacher and not self.other and prompts.keys() - {row["id"] for row in resume_jsonl(path)}:
             self.other = self.load()
         model, tokenizer = self.other or (self.base.model, self.base.tokenizer)
-        return {name: row["response"] for name, row in respond(model, tokenizer, prompts, path, REPLY_TOKENS).items()}
+        return {name: row["response"] for name, row in respond(model, tokenizer, prompts, path, Limits(REPLY_TOKENS)).items()}
 
     def load(self):
         base, dtype = self.base, str(self.base.model.dtype).removeprefix("torch.")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from engine.likelihood import Encoder, Option, can_share, log_likelihoods, max_length, trial
 from support import ranks
 from support.cli import InputError
-from support.files import add_rows, line_numbers, read_json, read_jsonl, resume_jsonl, write_json
+from support.files import RowFile, line_numbers, read_json, read_jsonl, write_json
 from tasks.benchmark import Benchmark
 from tasks.hellaswag import fetch_hellaswag, hellaswag_metrics, hellaswag_options
 from tasks.mmlu import MMLU_SHOTS, fetch_mmlu, mmlu_metrics, mmlu_options
@@ -132,12 +132,12 @@ def score(model, tokenizer, names, data_dir, out_dir, limit=None, num_fewshot=0,
         wanted = {(x.benchmark, x.index): x for name in names for x in documents(name, data_dir, limit, num_fewshot, sampled)}
     path = samples_path(Path(out_dir), num_fewshot, apply_chat_template, add_bos)
     check_model(model, path.with_suffix(".config.json"))
-    rows = resume_jsonl(path)
-    there = by_document(rows)
+    file = RowFile(path, key=lambda row: (row["benchmark"], row["index"]))
     encoder = Encoder(tokenizer, max_length(model, tokenizer), apply_chat_template, add_bos)
-    todo = [document for key, document in wanted.items() if key not in there]
-    samples = by_document(add_rows(path, rows, todo, lambda part: watched(scored(model, encoder, part), len(part)),
-                                   lambda rows: [row for _, row in sorted(by_document(rows).items())]))
+    todo = [wanted[key] for key in file.missing(wanted)]
+    for row in watched(scored(model, encoder, todo), len(todo)):
+        file.append(row)
+    samples = file.finish(sorted(file.rows.keys() | wanted.keys()))
     used = [samples[key] for key in wanted]
     return {name: summary([row for row in used if row["benchmark"] == name]) for name in names}, used
 
