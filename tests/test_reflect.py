@@ -10,13 +10,14 @@ import torch
 
 import answers
 import data
-import evaluate
+import s3ft
 from data import Example, prompt
 from engine import packed
 from engine.chat import chat_ids
 from engine.model import load_model
-from examples import reflect
-from examples.reflect import REWRITE_BOTH, TAGS, Pair, ifd, parse_fields, r_ifd, score
+from examples import ifd, reflect
+from examples.ifd import ScoredPair, score
+from examples.reflect import REWRITE_BOTH, TAGS, Settings, parse_fields
 from support.cli import InputError, exit_cleanly
 from support.files import read_jsonl, write_jsonl
 from tasks import TASKS
@@ -42,8 +43,11 @@ def plain_perplexity(model, tokenizer, before: list[int], text: str) -> float:
         return math.exp(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.item())
 
 
-PAIRS = {"a": Pair("What is 2 + 2?", "What is 2 + 2?", "Four."), "b": Pair("Be brief. Who?", "Who?", "Ann, who else? " * 9),
-         "c": Pair("ü" * 60, "ü", "{{answer}}")}
+PAIRS = {
+    "a": ScoredPair("What is 2 + 2?", "What is 2 + 2?", "Four."),
+    "b": ScoredPair("Be brief. Who?", "Who?", "Ann, who else? " * 9),
+    "c": ScoredPair("ü" * 60, "ü", "{{answer}}"),
+}
 
 
 def test_both_scores_agree_with_plain_transformers_calls(loaded):
@@ -64,19 +68,19 @@ def test_both_scores_agree_with_plain_transformers_calls(loaded):
 def test_scores_from_log_probabilities_by_hand():
     """ppl(y|x) of tokens with p 1/2 and 1/8 is 4, ppl(y) of 1/16 and 1/4 is 8."""
     given, alone = [math.log(1 / 2), math.log(1 / 8)], [math.log(1 / 16), math.log(1 / 4)]
-    assert ifd(given, alone) == r_ifd(given, alone) == pytest.approx(0.5)
+    assert ifd.ifd(given, alone) == ifd.r_ifd(given, alone) == pytest.approx(0.5)
 
 
 def test_a_tokenizer_without_bos_starts_with_its_eos(loaded):
     model, tokenizer = loaded
     tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
     tokenizer.bos_token = None
-    (_, (ids, mask), *_) = reflect.scoring_rows(tokenizer, PAIRS["a"])
+    (_, (ids, mask), *_) = ifd.scoring_rows(tokenizer, PAIRS["a"])
     assert ids[0] == tokenizer.eos_token_id and mask == [False] + [True] * (len(ids) - 1)
 
 
 def test_a_pair_that_does_not_fit_has_no_score(loaded):
-    assert set(score(*loaded, PAIRS | {"long": Pair("q", "q", "x" * 2100)})) == set(PAIRS)
+    assert set(score(*loaded, PAIRS | {"long": ScoredPair("q", "q", "x" * 2100)})) == set(PAIRS)
 
 
 def out_of_memory_above(tokens, monkeypatch):
@@ -95,7 +99,7 @@ def out_of_memory_above(tokens, monkeypatch):
 
 def test_out_of_memory_means_smaller_groups_and_no_lost_row(loaded, monkeypatch, capsys):
     model, tokenizer = loaded
-    rows = [row for pair in PAIRS.values() for row in reflect.scoring_rows(tokenizer, pair)]
+    rows = [row for pair in PAIRS.values() for row in ifd.scoring_rows(tokenizer, pair)]
     expected = list(packed.token_log_probs(model, rows))
     total, longest = sum(len(ids) for ids, _ in rows), max(len(ids) for ids, _ in rows)
     tried = out_of_memory_above(longest, monkeypatch)
@@ -142,11 +146,10 @@ def test_a_copy_of_the_prompt_counts_as_nothing():
 
 
 class Base:
-    """What the method needs of s3ft.BaseLM, with the gold as it is."""
+    """What the method needs of answers.BaseLM, with the gold as it is."""
 
-    def __init__(self, model, tokenizer, run, task=CUSTOM_TASK, teacher=None, trust_remote_code=False):
-        self.model, self.tokenizer, self.run, self.teacher = model, tokenizer, run, teacher
-        self.trust_remote_code = trust_remote_code
+    def __init__(self, model, tokenizer, run, task=CUSTOM_TASK):
+        self.model, self.tokenizer, self.run = model, tokenizer, run
         self.task = replace(task, judge="numeric")
 
     def gold(self, x):
@@ -187,6 +190,7 @@ def scripted(monkeypatch, table):
         return {name: dict(zip(("ifd", "r_ifd"), table.get(pair.answer, (0.9, 0.9)), strict=True)) for name, pair in
                 fitting.items()}
     monkeypatch.setattr(reflect, "score", fake)
+    monkeypatch.setattr(ifd, "score", fake)
 
 
 def test_phases_keep_what_improves_and_emit_what_is_below_one(loaded, given, monkeypatch):
@@ -197,27 +201,26 @@ def test_phases_keep_what_improves_and_emit_what_is_below_one(loaded, given, mon
         "d is 4": (0.5, 0.9), "It is 4.": (0.6, 0.9), "d should be 6": (1.0, 0.8),  # IFD not below 1: dropped
         "e should be 7": (0.9, 0.8)})  # no new instruction, even when asked again
     rows = list(reflect.reflect(D, Base(*loaded, given)))
-    assert [(x.id, x.question, y, source) for x, y, source, _ in rows] == [
+    assert [(x.id, x.question, y, source) for x, y, source in rows] == [
         ("a", "What is A?", "a should be 3", "reflection"), ("b", "What is b?", "b should be 4", "reflection"),
         ("e", "What is e?", "e should be 7", "reflection")]
-    kept = {row["id"]: row for row in read_jsonl(given / "reflect.jsonl")}
+    kept = {row["id"]: row for row in read_jsonl(given / "reflect" / "reflect.jsonl")}
     assert {name: (row["phase_1"], row["phase_2"], row["emitted"], row["judged"]) for name, row in kept.items()} == {
         "a": ("accepted", "accepted", True, None),  # a new question: nothing to check it with
         "b": ("rejected", "accepted", True, True), "c": ("no rewrite", "rejected", False, None),
         "d": ("accepted", "accepted", False, None), "e": ("no rewrite", "accepted", True, False),
         "f": ("too long", "no rewrite", False, None)}
-    assert kept["a"]["scores"] == rows[0][3]["scores"] == {
+    assert kept["a"]["scores"] == {
         "original": {"ifd": 0.5, "r_ifd": 0.9}, "phase_1": {"ifd": 0.6, "r_ifd": 0.9}, "phase_2": {"ifd": 0.7, "r_ifd": 0.8}}
     assert kept["f"]["scores"]["phase_1"] is None and kept["a"]["gold"] == "a is 4"
-    text = evaluate.reflect_summary(given)
+    text = (given / "reflect" / "note.md").read_text()
     assert "kept 3 of 6 rows" in text and "Not checked: 1 with a new question" in text
-    assert text.endswith("of the 2 with their own question the judge accepts 1.")
-    assert evaluate.reflect_summary(given / "x") is None
+    assert text.endswith("of the 2 with their own question the judge accepts 1.\n")
 
 
 def test_real_scores_decide_without_a_script(loaded, given):
     rows = list(reflect.reflect(D, Base(*loaded, given)))
-    kept = {row["id"]: row for row in read_jsonl(given / "reflect.jsonl")}
+    kept = {row["id"]: row for row in read_jsonl(given / "reflect" / "reflect.jsonl")}
     for x in D:
         scores = kept[x.id]["scores"]
         now = scores["phase_1"] if kept[x.id]["phase_1"] == "accepted" else scores["original"]
@@ -242,6 +245,10 @@ def counting(monkeypatch):
     return made
 
 
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_the_teacher_sees_pair_and_context_once_and_once_more_where_nothing_parses(loaded, tmp_path, monkeypatch):
     made = counting(monkeypatch)
     examples = [Example("a", "Who?", "Ann", "Ann {{instruction}} came.")]
@@ -251,9 +258,9 @@ def test_the_teacher_sees_pair_and_context_once_and_once_more_where_nothing_pars
     assert "### Instruction\nWho?\n\nContext:\nAnn {{instruction}} came.\n\n### Answer\nAnn\n" in first
     assert "not in this form" in again and "[New Instruction] ... [End] and [New Answer] ... [End]" in again
     assert "[Better Answer]" in answer and "not in this form" in last
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = files_in(tmp_path)
     list(reflect.reflect(examples, Base(*loaded, tmp_path, READING_TASK)))
-    assert len(made) == 4 and {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert len(made) == 4 and files_in(tmp_path) == before
 
 
 def test_only_missing_replies_are_made(loaded, given, monkeypatch):
@@ -276,11 +283,11 @@ def test_another_teacher_writes_and_the_student_scores(loaded, tiny, tmp_path, m
     counting(monkeypatch)
     replies = []
     for name, teacher in (("one", str(other)), ("two", None)):
-        list(reflect.reflect(D[:1], Base(*loaded, tmp_path / name, teacher=teacher)))
+        list(reflect.reflect(D[:1], Base(*loaded, tmp_path / name), Settings(teacher)))
         replies.append(read_jsonl(tmp_path / name / "reflect_instructions.jsonl")[0]["response"])
     ids = chat_ids(tokenizer, data.fill(REWRITE_BOTH, instruction=D[0].question, answer=D[0].answer))
     assert replies[0] == dict(answers.generate(model, tokenizer, [ids], 5))[0].text != replies[1]
-    rows = [read_jsonl(tmp_path / name / "reflect.jsonl")[0]["scores"]["original"] for name in ("one", "two")]
+    rows = [read_jsonl(tmp_path / name / "reflect" / "reflect.jsonl")[0]["scores"]["original"] for name in ("one", "two")]
     assert rows[0] == rows[1]
     with pytest.raises(InputError, match="were made by .*other, not by the base model"):
         list(reflect.reflect(D[:1], Base(*loaded, tmp_path / "one")))
@@ -290,7 +297,7 @@ def test_a_teacher_with_code_of_its_own_is_trusted_as_the_model_is(loaded, tmp_p
     asked = []
     monkeypatch.setattr(reflect, "load_model", lambda *args: asked.append(args))
     for trusted in (False, True):
-        reflect.Teacher(Base(*loaded, tmp_path, teacher="T", trust_remote_code=trusted)).load()
+        reflect.Teacher(Base(*loaded, tmp_path), Settings("T", trusted)).load()
     assert asked == [("T", "cpu", "float32", False), ("T", "cpu", "float32", True)]
 
 
@@ -301,11 +308,13 @@ def test_a_row_with_tests_keeps_its_question_and_is_judged(loaded, tmp_path, mon
     give(tmp_path, "reflect_instructions.retry", {"b": "nothing"})
     give(tmp_path, "reflect_responses", {"a": "[Better Answer] def f(x): return 1 + x [End]", "b": "[Better Answer] 4 [End]"})
     scripted(monkeypatch, {"def f(x): return 1 + x": (0.9, 0.8), "def g(): pass": (0.95, 0.1)})
-    monkeypatch.setattr(reflect, "judged", lambda model, tokenizer, task, rows, path: {x.id: x.tests == tests for x, _ in rows})
-    ((x, y, _, trace),) = reflect.reflect([code, D[1]], Base(*loaded, tmp_path))
+    monkeypatch.setattr(reflect, "judge_answers", lambda model, tokenizer, task, rows, path:
+                        {x.id: x.tests == tests for x, _ in rows})
+    ((x, y, _),) = reflect.reflect([code, D[1]], Base(*loaded, tmp_path))
     assert (x, y) == (code, "def f(x): return 1 + x")
+    trace, other = read_jsonl(tmp_path / "reflect" / "reflect.jsonl")
     assert (trace["phase_1"], trace["phase_2"], trace["judged"]) == ("skipped: the row has tests", "accepted", True)
-    assert [row["phase_1"] for row in read_jsonl(tmp_path / "reflect.jsonl")] == [trace["phase_1"], "no rewrite"]
+    assert other["phase_1"] == "no rewrite"
 
 
 def test_the_teacher_sees_the_tests(loaded, tmp_path, monkeypatch):
@@ -319,7 +328,7 @@ def test_the_teacher_sees_the_tests(loaded, tmp_path, monkeypatch):
 
 def test_a_teacher_that_is_not_there(loaded, tmp_path):
     with pytest.raises(InputError, match="--teacher /nowhere: cannot be loaded"):
-        list(reflect.reflect(D, Base(*loaded, tmp_path, teacher="/nowhere")))
+        list(reflect.reflect(D, Base(*loaded, tmp_path), Settings("/nowhere")))
 
 
 def test_a_gold_without_words(loaded, tmp_path):
@@ -330,7 +339,47 @@ def test_a_gold_without_words(loaded, tmp_path):
 def test_ifd_is_of_the_turn_that_training_shows(loaded, tmp_path):
     x = Example("a", "Who?", "Ann", "Ann came.")
     base = SimpleNamespace(task=READING_TASK)
-    assert reflect.scored_pairs(base, {"a": (x, "Ann")}) == {"a": Pair(prompt(READING_TASK.train, x), "Who?", "Ann")}
+    assert reflect.scored_pairs(base, {"a": (x, "Ann")}) == {"a": ScoredPair(prompt(READING_TASK.train, x), "Who?", "Ann")}
+
+
+# ------------------------------------------------------------------------------------------------ the run command
+
+
+@pytest.fixture
+def passed_on(monkeypatch):
+    """What the run command gives to s3ft.main, which is not run."""
+    given = []
+    monkeypatch.setattr(s3ft, "main", given.extend)
+    monkeypatch.setattr(s3ft, "METHODS", dict(s3ft.METHODS))
+    return given
+
+
+def test_only_its_own_flags_stay_with_the_method(passed_on, tmp_path):
+    reflect.main(["--task=reading", "--teacher", "T", f"--out={tmp_path}", "--trust-remote-code", "--lr", "1e-3"])
+    assert sorted(passed_on) == sorted(["--task=reading", "--lr", "1e-3", "--method=reflect", "--name=reflect",
+                                        f"--out={tmp_path}", "--trust-remote-code"])
+    assert s3ft.METHODS["reflect"].keywords["settings"] == Settings("T", True, "reflect")
+
+
+def test_the_core_knows_no_teacher(capsys):
+    with pytest.raises(SystemExit):
+        exit_cleanly(lambda: s3ft.main(["--task=reading", "--method=sft", "--out=x", "--teacher=T"]))
+    assert capsys.readouterr().err == "error: unrecognized arguments: --teacher=T\n"
+
+
+def test_another_method_is_refused(passed_on):
+    with pytest.raises(InputError, match="--method: invalid choice: 'sft'"):
+        reflect.main(["--method=sft", "--out=x"])
+    assert not passed_on
+
+
+def test_a_run_that_goes_on_keeps_its_teacher(passed_on, loaded, given):
+    """Its D' may be there already, so that the method itself is not asked again."""
+    list(reflect.reflect(D, Base(*loaded, given)))
+    reflect.main([f"--out={given}"])
+    assert passed_on
+    with pytest.raises(InputError, match="reflect was begun with --teacher None, not T: give the same again"):
+        reflect.main([f"--out={given}", "--teacher=T"])
 
 
 # ------------------------------------------------------------------------------------------------ the score command
@@ -342,7 +391,7 @@ def test_the_score_command(loaded, tiny, tmp_path, capsys):
     write_jsonl(tmp_path / "in.jsonl", rows)
     reflect.main([f"--score={tmp_path / 'in.jsonl'}", f"--model={tiny}", f"--out={tmp_path / 'out.jsonl'}", "--device=cpu"])
     found = read_jsonl(tmp_path / "out.jsonl")
-    expected = score(*loaded, {"0": PAIRS["a"], "1": Pair("Who?\n\nContext:\nAnn.", "Who?", "Ann")})
+    expected = score(*loaded, {"0": PAIRS["a"], "1": ScoredPair("Who?\n\nContext:\nAnn.", "Who?", "Ann")})
     for i, row in enumerate(rows):
         assert found[i] == row | {key: pytest.approx(value, rel=1e-5) for key, value in expected[str(i)].items()}
     assert "2 rows" in capsys.readouterr().out
