@@ -1,16 +1,18 @@
-"""What a method may ask: the base model's answers, each with the judge's verdict (lines 4, 5, 8 and 9 of Algorithm 1).
+"""What a method may ask: the base model's answers with the judge's verdicts (Algorithm 1, lines 4, 5, 8, 9).
 
-`BaseLM` is M_θ0 with a task and its judge. `respond` asks the model (generate.py), and `judge_answers` asks the judge
-(judges.py). Both keep what they got in a file. What the file holds already, from an earlier run or another engine, is not made
-again, as long as it answers the same question. `validate` does both in the middle of training and keeps nothing.
+`BaseLM` is M_θ0 with a task and its judge. `respond` asks the model (generate.py), and `judge_answers` asks
+the judge (judges.py). Both keep what they got in a file. What the file holds already, from an earlier run or
+another engine, is not made again, as long as it answers the same question. `validate` does both in the middle
+of training and keeps nothing.
 
 A row of predictions.jsonl, paraphrases.jsonl, samples.jsonl or test.jsonl:
 
-    {"id": "train-0", "response": "... The answer is 72.", "tokens": [9707, ..., 2], "finished": true, "digest": "1f0c-..."}
+    {"id": "train-0", "response": "... The answer is 72.", "tokens": [9707, ..., 2], "finished": true,
+     "digest": "1f0c-..."}
 
-`tokens` are what the model generated, its end of turn included. They are trained on as they are. Judges and people see the
-text. `digest` tells what the row answers: prompt, limits and sampling, and model. A file made elsewhere needs `id` and
-`response` alone.
+`tokens` are what the model generated, its end of turn included. They are trained on as they are. Judges and
+people see the text. `digest` tells what the row answers: prompt, limits and sampling, and model. A file made
+elsewhere needs `id` and `response` alone.
 """
 
 import hashlib
@@ -18,6 +20,7 @@ import inspect
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,13 +61,15 @@ class Answer:
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of sample()
 JUDGE_LIMITS = Limits(max_new_tokens=8)  # of the LLM judge: room for True or False
 
-# ------------------------------------------------------------------------------------------------ the base model
+# ------------------------------------------------------------------------------ the base model
 
 
 class BaseLM:
-    """M_θ0 with a task and its judge. Every response and verdict is kept in the run folder, and never made twice.
+    """M_θ0 with a task and its judge.
 
-    A response that the length limit cut off is not accepted, unless `keep_unfinished` asks for the paper's letter.
+    The run folder keeps every response and verdict, so that none is made twice.
+    A response that the length limit cut off is not accepted, unless `keep_unfinished` asks for the paper's
+    letter.
     """
 
     def __init__(self, model, tokenizer, task: Task, run: Path, keep_unfinished: bool = False):
@@ -83,7 +88,10 @@ class BaseLM:
         return self._ask(D, prompts, "predictions")
 
     def paraphrase(self, D: list[Example]) -> dict[str, Answer]:
-        """ỹ for every (x, y), from the paraphrase prompt (Figs. 6 and 7), greedily. One that leaks its prompt is rejected."""
+        """ỹ for every (x, y), from the paraphrase prompt (Figs. 6 and 7), greedily.
+
+        One that leaks its prompt is rejected.
+        """
         prompts = {x.id: prompt(self.task.paraphrase, x, self.gold(x)) for x in D}
         answers = self._ask(D, prompts, "paraphrases")
         for id, y in answers.items():
@@ -92,7 +100,10 @@ class BaseLM:
         return answers
 
     def sample(self, D: list[Example], k: int, sampling: Sampling = SAMPLING) -> dict[str, list[Answer]]:
-        """k samples of every x, each with its log p(y | x). They do not depend on --seed: all seeds share one file."""
+        """k samples of every x, each with its log p(y | x) in nats.
+
+        They do not depend on --seed, so that all seeds share one file.
+        """
         rows = [replace(x, id=f"{x.id}#{i}") for x in D for i in range(k)]
         prompts = {x.id: prompt(self.task.predict, x) for x in rows}
         answers = self._ask(rows, prompts, "samples", sampling)
@@ -104,11 +115,13 @@ class BaseLM:
         scored = [replace(y, log_prob=score) for y, score in zip(answers.values(), scores, strict=True)]
         return {x.id: scored[i * k : (i + 1) * k] for i, x in enumerate(D)}
 
-    def _ask(self, D, prompts: dict[str, str], kind: str, sampling: Sampling | None = None) -> dict[str, Answer]:
+    def _ask(self, D, prompts: dict[str, str], kind: str, sampling=None) -> dict[str, Answer]:
         limits = Limits(self.task.max_new_tokens, self.task.stop)
-        rows = respond(self.model, self.tokenizer, prompts, self.run / f"{kind}.jsonl", limits, sampling)
+        path = self.run / f"{kind}.jsonl"
+        rows = respond(self.model, self.tokenizer, prompts, path, limits, sampling)
         pairs = [(x, rows[x.id]["response"]) for x in D]
-        verdicts = judge_answers(self.model, self.tokenizer, self.task, pairs, self.run / f"{kind}.judged.jsonl")
+        judged = path.with_suffix(".judged.jsonl")
+        verdicts = judge_answers(self.model, self.tokenizer, self.task, pairs, judged)
 
         answers = {}
         for x in D:
@@ -128,14 +141,15 @@ class BaseLM:
         return tuple(tokens)
 
 
-# ------------------------------------------------------------------------------------------------ responses
+# ------------------------------------------------------------------------------ responses
 
 
 def respond(
     model, tokenizer, prompts: dict[str, str], path: Path, limits: Limits, sampling: Sampling | None = None
 ) -> dict[str, dict]:
-    """A response to every prompt (id -> user turn) as id -> row, kept in `path`. What it holds already is not made again.
+    """A response to every prompt (id -> user turn), kept in `path`: id -> row.
 
+    What the file holds already is not made again.
     InputError: a row there answers another question (the line says what changed), or is no row of responses.
     """
     encoded = encode_prompts(model, tokenizer, prompts)
@@ -155,44 +169,65 @@ def respond(
     return file.finish(prompts)
 
 
-def stream_responses(model, tokenizer, encoded: dict[str, list[int]], limits: Limits, label: str, sampling=None):
-    """Responses to prompts (id -> token ids) as rows {id, response, tokens, finished}, in the order in which they finish."""
+def stream_responses(
+    model,
+    tokenizer,
+    encoded: dict[str, list[int]],
+    limits: Limits,
+    label: str,
+    sampling: Sampling | None = None,
+) -> Iterator[dict]:
+    """Responses to prompts (id -> token ids) as rows, in the order in which they finish."""
     ids = list(encoded)
     tokens, started = 0, time.monotonic()
     with tqdm(total=len(ids), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
         prompts = list(encoded.values())
-        for index, response in generate(model, tokenizer, prompts, limits.max_new_tokens, limits.stop, sample=sampling):
+        made = generate(model, tokenizer, prompts, limits.max_new_tokens, limits.stop, sample=sampling)
+        for index, response in made:
             tokens += len(response.tokens)
             bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
             bar.update()
-            yield {"id": ids[index], "response": response.text, "tokens": response.tokens, "finished": response.finished}
+            row = {"id": ids[index], "response": response.text}
+            yield row | {"tokens": response.tokens, "finished": response.finished}
 
 
 def encode_prompts(model, tokenizer, prompts: dict[str, str]) -> dict[str, list[int]]:
-    """Token ids of every prompt (id -> user turn). InputError: a prompt fills the model's context (it is named by its id)."""
+    """Token ids `[length]` of every prompt (id -> user turn).
+
+    InputError: a prompt fills the model's context. It is named by its id.
+    """
     longest = context_length(model.config)
     encoded = {}
     for id, text in prompts.items():
         ids = chat_ids(tokenizer, text)
         if len(ids) >= longest:
-            raise InputError(f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
+            raise InputError(
+                f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
         encoded[id] = ids
     return encoded
 
 
 def note_cost(path: Path, calls: int, tokens: int, seconds: float) -> None:
-    """Add to costs.jsonl, beside `path`, what this process made for it: what D' costs is the paper's first limitation."""
+    """Add to costs.jsonl, beside `path`, what this process made for it.
+
+    What D' costs is the paper's first limitation.
+    """
     row = {"stage": path.stem, "calls": calls, "tokens": tokens, "seconds": round(seconds, 2)}
     append_jsonl(path.parent / "costs.jsonl", row)
 
 
-# ------------------------------------------------------------------------------------------------ what a kept row answers
+# ------------------------------------------------------------------------------ what a kept row answers
 
 PARTS_OF_A_QUESTION = ("prompt", "limits or sampling", "model")  # in the order of a digest
 
 
-def question_digests(model, encoded: dict[str, list[int]], limits: Limits, sampling: Sampling | None) -> dict[str, str]:
-    """id -> what made the response, as three digests: of the prompt's tokens, of limits and sampling, of the model."""
+def question_digests(
+    model, encoded: dict[str, list[int]], limits: Limits, sampling: Sampling | None
+) -> dict[str, str]:
+    """id -> what makes the response, as three digests.
+
+    They are of the prompt's tokens, of limits and sampling, and of the model.
+    """
     drawn = [sampling.temperature, sampling.top_p, sampling.seed] if sampling else None
     how = digest(limits.max_new_tokens, limits.stop, drawn)[:8]
     who = fingerprint(model)[:8]
@@ -200,7 +235,10 @@ def question_digests(model, encoded: dict[str, list[int]], limits: Limits, sampl
 
 
 def refuse_other_questions(file: RowFile, digests: dict[str, str]) -> None:
-    """InputError: a row is not a response, or answers another question. Rows without a digest were made elsewhere."""
+    """InputError: a row is no response, or answers another question.
+
+    Rows without a digest were made elsewhere.
+    """
     made_elsewhere, changed = 0, Counter()
     for number, (id, row) in enumerate(file.rows.items(), 1):
         if not isinstance(id, str) or not isinstance(row.get("response"), str):
@@ -210,21 +248,36 @@ def refuse_other_questions(file: RowFile, digests: dict[str, str]) -> None:
         if "digest" not in row:
             made_elsewhere += 1
         elif row["digest"] != digests[id]:
-            pairs = zip(PARTS_OF_A_QUESTION, str(row["digest"]).split("-"), digests[id].split("-"), strict=False)
-            changed["another " + " and another ".join(part for part, old, new in pairs if old != new)] += 1
+            changed[what_changed(str(row["digest"]), digests[id])] += 1
 
     if changed:
         what, n = changed.most_common(1)[0]
-        raise InputError(f"{file.path}: {n} of its rows answer {what} than this run asks about: take another --out, or "
-                         "remove the file to make them anew")
-    if made_elsewhere and ranks.RANK == 0:
-        print(f"{file.path}: {made_elsewhere} rows were made elsewhere (they carry no digest) and are taken as they are",
-              file=sys.stderr)
+        raise InputError(f"{file.path}: {n} of its rows answer {what} than this run asks about: take another "
+                         "--out, or remove the file to make them anew")
+    if made_elsewhere:
+        note(f"{file.path}: {made_elsewhere} rows were made elsewhere (they carry no digest) and are taken "
+             "as they are")
+
+
+def what_changed(before: str, now: str) -> str:
+    """The parts in which two digests of question_digests differ, in words."""
+    found = []
+    for part, old, new in zip(PARTS_OF_A_QUESTION, before.split("-"), now.split("-"), strict=False):
+        if old != new:
+            found.append(f"another {part}")
+    return " and ".join(found) or "another question"
+
+
+def note(line: str) -> None:
+    """Say something about the run's files, once and not by every process."""
+    if ranks.RANK == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def fingerprint(model) -> str:
-    """A digest of the weights that a forward pass uses: 64 values of every tensor, and of the adapter's where it is on.
+    """A digest of the weights that a forward pass uses.
 
+    It is of 64 values of every tensor, and of the adapter's where it is on.
     A folder's name says nothing: it may be moved, or hold other weights tomorrow.
     """
     unused = set()
@@ -239,12 +292,15 @@ def fingerprint(model) -> str:
     return hashlib.sha256(torch.cat(values).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------ verdicts
+# ------------------------------------------------------------------------------ verdicts
 
 
-def judge_answers(model, tokenizer, task: Task, pairs: list[tuple[Example, str]], path: Path) -> dict[str, bool | None]:
-    """The judge's verdict on every (example, response), id -> accepted. None: a verdict that could not be read.
+def judge_answers(
+    model, tokenizer, task: Task, pairs: list[tuple[Example, str]], path: Path
+) -> dict[str, bool | None]:
+    """The judge's verdict on every (example, response): id -> accepted.
 
+    None stands for a verdict that could not be read.
     Kept in `path` with a digest of response, gold, tests and judge. A verdict on anything else is made anew.
     """
     judge = judge_digest(model, task.judge)
@@ -257,9 +313,9 @@ def judge_answers(model, tokenizer, task: Task, pairs: list[tuple[Example, str]]
     stale = [id for id, row in file.rows.items() if id in digests and row.get("digest") != digests[id]]
     for id in stale:
         del file.rows[id]
-    if stale and ranks.RANK == 0:
-        print(f"{path}: {len(stale)} verdicts were on other responses, golds or tests, or by another judge: made anew",
-              file=sys.stderr)
+    if stale:
+        note(f"{path}: {len(stale)} verdicts were on other responses, golds or tests, or by another judge: "
+             "they are made anew")
     ids = set(file.missing(digests))
     todo = [(x, response) for x, response in pairs if x.id in ids]
 
@@ -274,7 +330,7 @@ def judge_answers(model, tokenizer, task: Task, pairs: list[tuple[Example, str]]
 
 
 def judge_digest(model, name: str) -> str:
-    """What a judge is: its prompt and the base model, or the source of the module that a function stands in."""
+    """What a judge is: its prompt and the base model, or the source of the module that its function is in."""
     if name == "llm":
         with lora.disabled(model):
             return digest(judges.LLM_JUDGE, fingerprint(model))
@@ -283,7 +339,7 @@ def judge_digest(model, name: str) -> str:
 
 
 def ask_base_model(model, tokenizer):
-    """What the LLM judge asks: the base model, also inside a trained one (the paper's NQ judge is the base model)."""
+    """What the LLM judge asks: the base model, also inside a trained one (A.5)."""
 
     def ask(prompts: list[str]) -> list[str]:
         named = {f"{i} of the LLM judge": text for i, text in enumerate(prompts, 1)}
@@ -300,7 +356,9 @@ def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
     mine = ranks.share(examples)
     encoded = encode_prompts(model, tokenizer, {x.id: prompt(task.train, x) for x in mine})
     limits = Limits(task.max_new_tokens, task.stop)
-    responses = {row["id"]: row["response"] for row in stream_responses(model, tokenizer, encoded, limits, "validation")}
+    responses = {}
+    for row in stream_responses(model, tokenizer, encoded, limits, "validation"):
+        responses[row["id"]] = row["response"]
     pairs = [(x, responses[x.id]) for x in mine]
     verdicts = judges.judge_all(task.judge, pairs, ask_base_model(model, tokenizer))
     (correct,) = ranks.totals(sum(verdict is True for verdict in verdicts))
@@ -308,7 +366,9 @@ def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
 
 
 def announce_sandbox(task: Task, mode: str) -> None:
-    """Where programs will be run: say which layers of isolation are in force. "strict" refuses to go below all of them."""
+    """Where programs will be run: say which layers of isolation are in force. "strict" refuses to go below
+    all of them.
+    """
     if task.judge != "code":
         return
     print(sandbox.describe(), file=sys.stderr, flush=True)

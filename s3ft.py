@@ -37,7 +37,7 @@ from tasks import TASKS, task_of
 from tasks.custom import CUSTOM_TASK
 from train import AdapterSettings, TrainingSettings, summary, train
 
-# ------------------------------------------------------------------------------------------------ the methods
+# ------------------------------------------------------------------------------ the methods
 
 
 def s3ft(D, base):
@@ -90,7 +90,7 @@ def rft(D, base, k=4):
 
 METHODS = {"sft": sft, "sdft": sdft, "ssr": ssr, "s3ft": s3ft, "rft": rft}  # a new method is one entry more
 
-# ------------------------------------------------------------------------------------------------ a run
+# ------------------------------------------------------------------------------ a run
 
 
 def run(job: Job) -> None:
@@ -178,7 +178,7 @@ def count_sources(rows: list[dict], name: str) -> dict[str, int]:
     return sources
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------ the command line
 
 
 def parse(argv=None):

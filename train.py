@@ -1,16 +1,18 @@
-"""Line 16 of Algorithm 1: train the adapter on D', and keep the checkpoint with the best validation accuracy (A.3).
+"""Line 16 of Algorithm 1: train the adapter on D', and keep the best checkpoint (A.3).
 
-The loss is -Σ log p(y_t | x, y_<t) over the target tokens of a batch, divided by their number. Prompt tokens are no targets.
+The loss is -Σ log p(y_t | x, y_<t) over the target tokens of a batch, divided by their number. Prompt tokens
+are no targets.
 """
 
 import io
 import math
 import random
 import time
-import zipfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import BadZipFile
 
 import torch
 from tqdm import tqdm
@@ -64,12 +66,18 @@ class Progress:
 
 
 def train(
-    model, tokenizer, task: Task, rows: list[Row], validation: list[Example], folder: Path, settings: TrainingSettings
+    model,
+    tokenizer,
+    task: Task,
+    rows: list[Row],
+    validation: list[Example],
+    folder: Path,
+    settings: TrainingSettings,
 ) -> Progress:
     """Train on the rows of D', and keep in `folder` the adapter with the best validation accuracy.
 
-    What a step does follows from the seed and its number alone. So a run that was killed, and went on from its checkpoint,
-    ends with the weights of one that was not.
+    What a step does follows from the seed and its number alone. So a run that was killed, and went on from
+    its checkpoint, ends with the weights of one that was not.
     """
     optimizer = torch.optim.AdamW(lora.parameters(model), weight_decay=0.0, fused=model.device.type == "cuda")
     progress = load_checkpoint(model, optimizer, folder)  # step 0 where there is none
@@ -93,7 +101,8 @@ def train(
         progress.step = step + 1
         progress.tokens += batch_tokens
         progress.seconds += time.monotonic() - started
-        bar.set_postfix_str(f"loss {loss:.3f}, {progress.tokens / progress.seconds:.0f} tokens/s", refresh=False)
+        rate_of_tokens = progress.tokens / progress.seconds
+        bar.set_postfix_str(f"loss {loss:.3f}, {rate_of_tokens:.0f} tokens/s", refresh=False)
         log(folder, step=step + 1, loss=round(loss, 6), lr=rate, tokens=batch_tokens, targets=target_tokens)
 
         # 3. Validate, and keep what a run that dies here must go on from.
@@ -110,14 +119,14 @@ def train(
     return progress
 
 
-# ------------------------------------------------------------------------------------------------ one step
+# ------------------------------------------------------------------------------ one step
 
 
 def training_step(model, optimizer, rows: list[Row], settings: TrainingSettings) -> tuple[float, int]:
-    """One optimizer step on a batch of rows -> (mean loss of a target token in nats, number of target tokens).
+    """One optimizer step on a batch -> (mean loss of a target token in nats, number of target tokens).
 
-    Each micro-batch's summed loss is divided by the target tokens of the whole batch. So every target token weighs the same,
-    however the batch is cut into micro-batches or dealt out to processes.
+    Each micro-batch's summed loss is divided by the target tokens of the whole batch. So every target token
+    weighs the same, however the batch is cut into micro-batches or dealt out to processes.
     """
     target_tokens = sum(sum(is_target) for _, is_target in rows)
     mine = ranks.share(rows)  # with torchrun, this process's part
@@ -143,8 +152,8 @@ def backward(model, micro_batch: list[Row], target_tokens: int, settings: Traini
     except torch.OutOfMemoryError:
         smaller = max(1, settings.micro_batch // 2)
         raise InputError(
-            f"out of memory with --micro-batch {settings.micro_batch}: the same command with --micro-batch {smaller}, or "
-            "with --gradient-checkpointing, goes on from the last checkpoint") from None
+            f"out of memory with --micro-batch {settings.micro_batch}: the same command with --micro-batch "
+            f"{smaller}, or with --gradient-checkpointing, goes on from the last checkpoint") from None
     return loss.item()
 
 
@@ -158,7 +167,10 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
 
 
 def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> list[int]:
-    """Which of the n rows a step sees. Every epoch is a new shuffle, and a batch may reach into the next epoch."""
+    """Which of the n rows a step sees.
+
+    Every epoch is a new shuffle, and a batch may reach into the next epoch.
+    """
     first = step * batch_size
     return [epoch_order(place // n, n, seed)[place % n] for place in range(first, first + batch_size)]
 
@@ -173,7 +185,7 @@ def seed_dropout(seed: int, step: int) -> None:
     torch.manual_seed(1_000_003 * seed + step + 7_919 * ranks.RANK)
 
 
-# ------------------------------------------------------------------------------------------------ going on after a kill
+# ------------------------------------------------------------------------------ going on after a kill
 
 
 def log(folder: Path, **row) -> None:
@@ -181,15 +193,22 @@ def log(folder: Path, **row) -> None:
         append_jsonl(folder / "log.jsonl", row)
 
 
+# What torch.load and the two load_state_dict raise over a file that is torn, or of another run.
+UNREADABLE = (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile, UnpicklingError)
+
+
 def save_checkpoint(model, optimizer, progress: Progress, folder: Path) -> None:
     buffer = io.BytesIO()
-    state = {"progress": asdict(progress), "lora": lora.state_dict(model), "optimizer": optimizer.state_dict()}
-    torch.save(state, buffer)
+    state = {"progress": asdict(progress), "lora": lora.state_dict(model)}
+    torch.save(state | {"optimizer": optimizer.state_dict()}, buffer)
     write_bytes(folder / "checkpoint.pt", buffer.getvalue())
 
 
 def load_checkpoint(model, optimizer, folder: Path) -> Progress:
-    """The progress of the last checkpoint, whose state goes back into model and optimizer. A fresh one if there is none."""
+    """The progress of the last checkpoint, or a fresh one.
+
+    The checkpoint's state goes back into model and optimizer.
+    """
     path = folder / "checkpoint.pt"
     progress = Progress()
     if path.exists():
@@ -198,17 +217,21 @@ def load_checkpoint(model, optimizer, folder: Path) -> Progress:
             lora.load_state_dict(model, saved["lora"])
             optimizer.load_state_dict(saved["optimizer"])
             progress = Progress(**saved["progress"])
-        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: no checkpoint of this run ({' '.join(str(error).split())[:120]}): remove it, and the "
-                             "same command trains from the start") from None
+        except UNREADABLE as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{path}: no checkpoint of this run ({reason}): remove it, and the same command "
+                             "trains from the start") from None
 
     rows = [row for row in resume_jsonl(folder / "log.jsonl") if row["step"] <= progress.step]
-    write_jsonl(folder / "log.jsonl", rows)  # steps after the checkpoint are about to be made, and logged, again
+    write_jsonl(folder / "log.jsonl", rows)  # steps after the checkpoint are about to be logged again
     return progress
 
 
 def summary(progress: Progress, method: str, sources: dict[str, int], settings: TrainingSettings) -> dict:
-    """What training.json says of a finished training. `step` is that of the kept adapter; memory is training's own."""
+    """What training.json says of a finished training.
+
+    `step` is that of the kept adapter. The memory is training's own.
+    """
     return {
         "method": method,
         "sources": sources,

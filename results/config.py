@@ -1,5 +1,6 @@
-"""config.json: what a run folder, and each method in it, was asked for. What is asked when a run goes on is compared with it.
+"""config.json: what a run folder, and each method in it, was asked for.
 
+What is asked when a run goes on is compared with it.
 A run can be moved and copied. So files and models are told by digests, and their paths may change.
 """
 
@@ -66,7 +67,10 @@ FLAGS = {"contents": "files with the digests", "files": "the files", "weights": 
 
 
 def continued(job: Job) -> Job:
-    """What is asked, with the date and the weights of the run that goes on. InputError: it was begun with something else."""
+    """What is asked, with the date and the weights of the run that goes on.
+
+    InputError: it was begun with something else.
+    """
     shared = job.shared
     path = job.run / "config.json"
     if path.exists():
@@ -83,15 +87,19 @@ def continued(job: Job) -> Job:
 
 
 def read_settings(path: Path, kind: type) -> dict:
-    """The settings in a config.json. One that is younger than the file has its default. InputError: one is missing."""
+    """The settings in a config.json. One that is younger than the file has its default.
+
+    InputError: one is missing.
+    """
     found = read_json(path)
     if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object of settings; take another --out, or put the original back")
+        raise InputError(f"{path}: expected a JSON object of settings; put it back, or take another --out")
     for field in fields(kind):
         if field.name in found:
             continue
         if field.default is MISSING:
-            raise InputError(f"{path}: the setting {field.name!r} is missing; put it back, or take another --out")
+            raise InputError(
+                f"{path}: the setting {field.name!r} is missing; put it back, or take another --out")
         found[field.name] = field.default
     return found
 
@@ -102,8 +110,8 @@ def refuse_changes(path: Path, before: dict, asked: dict, may_change: tuple[str,
         value = list(value) if isinstance(value, tuple) else value  # as JSON has it
         if name not in may_change and before[name] != value:
             setting = FLAGS.get(name, f"--{name.replace('_', '-')}")
-            raise InputError(f"{path.parent} was begun with {setting} {before[name]}, not {value}: give the same again, or "
-                             f"another {flag}")
+            raise InputError(f"{path.parent} was begun with {setting} {before[name]}, not {value}: give the "
+                             f"same again, or another {flag}")
 
 
 def keep(path: Path, settings: dict) -> None:
@@ -113,7 +121,10 @@ def keep(path: Path, settings: dict) -> None:
 
 
 def read_comparison(run: Path) -> Comparison:
-    """What a run was asked for. InputError: the folder is no run's, or a custom task's files are not the same any more."""
+    """What a run was asked for.
+
+    InputError: the folder is no run's, or a custom task's files are not the same any more.
+    """
     path = run / "config.json"
     if not path.exists():
         raise InputError(f"--out {run}: no config.json there; run s3ft.py with this --out first")
@@ -121,6 +132,6 @@ def read_comparison(run: Path) -> Comparison:
     names = {field.name for field in fields(Comparison)}
     shared = Comparison(**{name: value for name, value in settings.items() if name in names})
     if shared.files and shared.contents != file_digests(shared.files):
-        raise InputError(f"--out {run}: {', '.join(shared.files)}: not the rows that the run was begun with; put those back, "
-                         "or train anew with another --out")
+        raise InputError(f"--out {run}: {', '.join(shared.files)}: not the rows that the run was begun with; "
+                         "put those back, or train anew with another --out")
     return shared

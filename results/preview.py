@@ -1,4 +1,4 @@
-"""What a run is about to do, said before it does it: what cannot work, what looks wrong, and the page of --dry-run.
+"""What a run is about to do: what cannot work, what looks wrong, and the page of --dry-run.
 
 Nothing is generated here, and no weights are loaded.
 """
@@ -40,8 +40,9 @@ class Rehearsal:
         self._fits(f"{x.id} (training)", user)
         ids, _ = training_ids(self.tokenizer, user, self.task.gold(x))
         if len(ids) > self.longest:
-            raise InputError(f"training data with gold, row {x.id}: {len(ids)} tokens, but the model's context holds "
-                             f"{self.longest}")
+            raise InputError(
+                f"training data with gold, row {x.id}: {len(ids)} tokens, but the model's context holds "
+                f"{self.longest}")
         self.lengths.append(len(ids))
         return self.task.gold(x)
 
@@ -65,11 +66,15 @@ class Rehearsal:
     def _fits(self, row: str, user: str) -> None:
         length = len(chat_ids(self.tokenizer, user))
         if length >= self.longest:
-            raise InputError(f"row {row}: its prompt has {length} tokens, the model's context holds {self.longest}")
+            raise InputError(
+                f"row {row}: its prompt has {length} tokens, the model's context holds {self.longest}")
 
 
 def rehearse(method: Callable, task: Task, splits: Splits, tokenizer, longest: float) -> Rehearsal:
-    """Go through all that a method may ask, and through what validation and test will ask. InputError: it does not fit."""
+    """Go through all that a method may ask, and that validation and test will ask.
+
+    InputError: something does not fit.
+    """
     rehearsal = Rehearsal(tokenizer, task, longest)
     for split, rows in zip(SPLITS, splits, strict=True):
         for x in rows:
@@ -79,7 +84,7 @@ def rehearse(method: Callable, task: Task, splits: Splits, tokenizer, longest: f
     return rehearsal
 
 
-# ------------------------------------------------------------------------------------------------ what looks wrong
+# ------------------------------------------------------------------------------ what looks wrong
 
 
 def faults(task: Task, splits: Splits) -> list[str]:
@@ -88,7 +93,10 @@ def faults(task: Task, splits: Splits) -> list[str]:
 
 
 def unacceptable_golds(task: Task, D: list[Example]) -> list[str]:
-    """Golds that their own judge rejects: whatever the model answers to these rows, only the gold will be trained on."""
+    """Golds that their own judge rejects.
+
+    Whatever the model answers to these rows, only the gold will be trained on.
+    """
     if task.judge not in JUDGES:
         return []  # the LLM judge is a model, which is not loaded yet
     pairs = [(x, task.gold(x)) for x in D]
@@ -98,8 +106,8 @@ def unacceptable_golds(task: Task, D: list[Example]) -> list[str]:
             rejected.append(x.id)
     if not rejected:
         return []
-    return [f"{len(rejected)} of {len(D)} golds are rejected by their own judge ({task.judge}): {first(rejected)}. "
-            "No answer to these rows can be accepted"]
+    return [f"{len(rejected)} of {len(D)} golds are rejected by their own judge ({task.judge}): "
+            f"{first(rejected)}. No answer to these rows can be accepted"]
 
 
 def shared_rows(splits: Splits) -> list[str]:
@@ -117,12 +125,13 @@ def first(ids: list[str]) -> str:
     return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
 
 
-# ------------------------------------------------------------------------------------------------ how long it will take
+# ------------------------------------------------------------------------------ how long it will take
 
 
 def cpu_hours(weights: int, rehearsal: Rehearsal, settings: TrainingSettings) -> str:
-    """What a run without a GPU will cost, without validation. A response is taken to be as long as a gold row.
+    """What a run without a GPU will cost, without validation.
 
+    A response is taken to be as long as a gold row.
     A weight costs 2 operations a token forward, and 4 in a LoRA step: frozen weights have no gradient.
     """
     speed = product_rate()
@@ -130,7 +139,8 @@ def cpu_hours(weights: int, rehearsal: Rehearsal, settings: TrainingSettings) ->
     tokens = row * (2 * rehearsal.responses + 4 * settings.steps * settings.batch_size)
     hours = weights * tokens / speed / 3600
     length = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, 60 * hours):.0f} minutes"
-    return f"no GPU: on this CPU ({speed / 1e9:.0f} GFLOP/s) this will take at most about {length}, without validation"
+    return (f"no GPU: on this CPU ({speed / 1e9:.0f} GFLOP/s) this will take at most about {length}, without "
+            "validation")
 
 
 def product_rate() -> float:
@@ -142,28 +152,31 @@ def product_rate() -> float:
     return 8 * 4 * 512 * 512 * 2048 / (time.perf_counter() - started)
 
 
-# ------------------------------------------------------------------------------------------------ the page of --dry-run
+# ------------------------------------------------------------------------------ the page of --dry-run
 
 
 def page(task: Task, splits: Splits, tokenizer, rehearsal: Rehearsal, run: Path, settings: dict) -> str:
-    """Three rows as the model will see them, limits and lengths, what looks wrong, and what is there already."""
+    """Three rows as the model will see them, limits and lengths, what looks wrong, what is there already."""
     D = splits[0]
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in zip(SPLITS, splits, strict=True))
     lines = [
         f"rows: {sizes}; judge: {task.judge}",
-        f"a response has at most {task.max_new_tokens} tokens" + (f" and ends with {task.stop!r}" if task.stop else ""),
+        f"a response has at most {task.max_new_tokens} tokens",
         ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()),
         f"responses to make: at most {rehearsal.responses} (where nothing is accepted)",
     ]
     if rehearsal.lengths:
         lengths = sorted(rehearsal.lengths)
-        lines.append(f"prompt and gold: {lengths[len(lengths) // 2]} tokens (median), {lengths[-1]} (longest); the model's "
-                     f"context holds {rehearsal.longest}")
-    lines += faults(task, splits) or ["every gold is accepted by its own judge, and no row is in two splits"]
+        median, longest = lengths[len(lengths) // 2], lengths[-1]
+        lines.append(f"prompt and gold: {median} tokens (median), {longest} (longest); the model's context holds "
+                     f"{rehearsal.longest}")
+    lines += faults(task, splits) or ["each gold is accepted by its own judge, no row is in two splits"]
     lines += there_already(run)
     for x in D[:3]:
-        lines += ["", f"--- row {x.id}, to predict", tokenizer.decode(chat_ids(tokenizer, prompt(task.predict, x)))]
-        lines += [f"--- row {x.id}, to train on with its gold, bars between its tokens", marked(tokenizer, task, x)]
+        to_predict = chat_ids(tokenizer, prompt(task.predict, x))
+        lines += ["", f"--- row {x.id}, to predict", tokenizer.decode(to_predict)]
+        lines += [f"--- row {x.id}, to train on with its gold, bars between its tokens"]
+        lines += [marked(tokenizer, task, x)]
     return "\n".join(lines)
 
 

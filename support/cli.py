@@ -55,7 +55,8 @@ def json_object(text: str) -> dict:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"enable_thinking\": false}}'")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a JSON object such as '{{\"enable_thinking\": false}}'")
     return value
 
 
@@ -65,7 +66,10 @@ def one_line_error(message: str):
 
 
 def exit_cleanly(main) -> None:
-    """Run a command line. A user's mistake, a full disk or Ctrl-C end in one line each instead of a traceback."""
+    """Run a command line.
+
+    A user's mistake, a full disk or Ctrl-C end in one line each instead of a traceback.
+    """
     try:
         main()
     except InputError as error:
@@ -78,5 +82,6 @@ def exit_cleanly(main) -> None:
         if error.filename is None and error.errno is None:
             raise  # not the operating system's: a library's own error, which its traceback explains
         where = error.filename or "while writing"
-        print(f"error: {where}: {error.strerror}. When that is mended, give the same command again", file=sys.stderr)
+        advice = "When that is mended, give the same command again"
+        print(f"error: {where}: {error.strerror}. {advice}", file=sys.stderr)
         sys.exit(1)

@@ -1,7 +1,12 @@
-"""Files that outlive a dying process: JSONL read with every bad row named, written whole or not at all, resumed after a kill.
+"""Files that outlive a dying process.
 
-Covered: a process killed at any moment, two runs on one folder (the second is refused), text that UTF-8 cannot hold, files that
-are not ours (they are refused as they are, and no byte of them is changed).
+JSONL is read with every bad row named, written whole or not at all, and resumed after a kill.
+
+Covered:
+- a process killed at any moment
+- two runs on one folder: the second is refused
+- text that UTF-8 cannot hold
+- files that are not ours: they are refused, and no byte of them is changed
 Not covered: a machine that loses power. Appended rows are not synced one by one. Files written whole are.
 """
 
@@ -21,11 +26,14 @@ try:
 except ImportError:  # Windows: no lock, all else works
     fcntl = None
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------ reading
 
 
 def read_jsonl(path: Path | str, fields: tuple[str, ...] = ()) -> list[dict]:
-    """The objects of a JSONL file. Blank lines are skipped. Every row must have `fields`; a bad one is named by its line."""
+    """The objects of a JSONL file. Blank lines are skipped.
+
+    InputError: a row is no object, or has not all of `fields`. It is named by its line.
+    """
     return _parse_lines(read_bytes(path), path, fields)
 
 
@@ -52,7 +60,7 @@ def line_numbers(path: Path | str) -> list[int]:
 
 
 def digest(*parts) -> str:
-    """16 hexadecimal digits that tell these values (text, numbers, lists, dictionaries of them) from others."""
+    """16 hexadecimal digits that tell these values from others: texts, numbers, lists and dictionaries."""
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -85,7 +93,7 @@ def _parse(line: bytes, where: str, fields: tuple[str, ...] = ()) -> dict:
     return row
 
 
-# ------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------ writing
 
 
 def to_line(row: dict) -> bytes:
@@ -94,7 +102,10 @@ def to_line(row: dict) -> bytes:
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary name on the same disk first, then renamed. Only rank 0 writes."""
+    """Write a file whole or not at all. Only rank 0 writes.
+
+    It is written under a temporary name on the same disk, and then renamed.
+    """
     if ranks.RANK:
         return
     path = Path(path)
@@ -123,18 +134,19 @@ def write_jsonl(path: Path | str, rows) -> None:
 
 
 def append_jsonl(path: Path | str, row: dict) -> None:
-    with open(path, "ab") as file:  # buffered: a disk that is full ends in an error, never in half a row unnoticed
+    with open(path, "ab") as file:  # buffered: a full disk ends in an error, never in half a row unnoticed
         file.write(to_line(row))
 
 
-# ------------------------------------------------------------------------------------------------ going on after a kill
+# ------------------------------------------------------------------------------ going on after a kill
 
 
 def resume_jsonl(path: Path | str) -> list[dict]:
-    """The rows that an earlier run appended, [] if there are none. A last line torn by its death is cut off the file.
+    """The rows that an earlier run appended, [] if there are none.
 
-    What other ranks of a run that died appended beside it counts too, once. InputError: the file is not one of rows that we
-    append. It is left as it is.
+    A last line torn by its death is cut off the file.
+    What other ranks of a run that died appended beside it counts too, once. InputError: the file is not one
+    of rows that we append. It is left as it is.
     """
     path = Path(path)
     rows = _resume(path)
@@ -170,7 +182,10 @@ def _split_last_line(content: bytes) -> tuple[bytes, bytes]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Is this the beginning of a row that we were appending? An array, CSV or packed bytes begin in another way."""
+    """Is this the beginning of a row that we were appending?
+
+    An array, CSV or packed bytes begin in another way.
+    """
     if not line.startswith(b'{"'):
         return False
     try:
@@ -186,7 +201,8 @@ def _refuse_what_is_broken_off_elsewhere(path: Path) -> None:
     rows = _parse_lines(whole, path)
     ours = any("digest" in row for row in rows)
     if tail and not ours and _is_torn(tail):
-        raise InputError(f"{path}: its last line is broken off, and the file was made elsewhere: mend or remove that line")
+        raise InputError(
+            f"{path}: its last line is broken off, and the file was made elsewhere: mend or remove that line")
 
 
 def _parts(path: Path) -> list[Path]:
@@ -194,14 +210,18 @@ def _parts(path: Path) -> list[Path]:
 
 
 class RowFile:
-    """Rows of a JSONL file by their key. Each is on the disk as soon as it is made, so that a killed run loses none.
+    """Rows of a JSONL file by their key, each on the disk as soon as it is made.
 
-    New rows go to a file of this process beside the real one, which is only ever replaced whole, by `finish`. So a file that a
-    person put there is neither appended to nor cut. With torchrun every process makes its share of the rows.
+    New rows go to a file of this process beside the real one, which is only ever replaced whole, by `finish`.
+    So a file that a person put there is neither appended to nor cut. With torchrun every process makes its
+    share of the rows.
     """
 
     def __init__(self, path: Path, key: Callable[[dict], object] = lambda row: row["id"]):
-        """InputError: the file is no JSONL of objects, or was made elsewhere and is broken off. It is left as it is."""
+        """InputError: the file is no JSONL of objects, or was made elsewhere and is broken off.
+
+        It is left as it is.
+        """
         self.path = path
         self.key = key
         self.part = path.with_suffix(f".rank{ranks.RANK}.jsonl")
@@ -237,7 +257,7 @@ class RowFile:
         append_jsonl(self.part, row)
 
     def finish(self, keys: Iterable) -> dict:
-        """The rows of `keys`, in that order, by key. The file is written: these rows first, then all others."""
+        """The rows of `keys` by key, in that order. They come first in the file, the others after them."""
         ranks.barrier()  # every process has appended its share
         found = self._read()
         keys = list(keys)
@@ -273,13 +293,14 @@ def locked(folder: Path):
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"--out {folder}: another run is using it; wait for it or take another folder") from None
+            raise InputError(
+                f"--out {folder}: another run is using it; wait for it or take another folder") from None
         for scratch in folder.rglob(".*.tmp"):  # a killed run was writing it
             scratch.unlink()
         yield
 
 
-# ------------------------------------------------------------------------------------------------ the network
+# ------------------------------------------------------------------------------ the network
 
 
 def download(url: str, path: Path | str, sha256: str | None = None) -> None:
