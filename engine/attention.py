@@ -1,4 +1,4 @@
-"""Attention for rows that are packed end to end, and for rows under a mask. transformers knows it as "rows"."""
+"""Attention for packed rows, and for rows under a mask. Its name in transformers is "rows"."""
 
 import torch
 from torch.nn import functional as F
@@ -13,15 +13,14 @@ CHANGES_SCORES = ("softcap", "position_bias", "s_aux")
 def packed_attention(module, query, key, value, attention_mask, row_lengths=None, shared=0, **kwargs):
     """Causal attention inside each packed row; query, key, value `[1, heads, sum of lengths, head_dim]`.
 
-    Where `shared` > 0, the first row holds that many tokens. Every other row begins with them, and attends to them.
-    Rows that are not packed come from generate.py, with a mask.
+    Where `shared` > 0, the first row holds that many tokens. Every other row begins with them and attends to
+    them. Rows that are not packed come from generate.py, with a mask.
     """
     packed = row_lengths is not None
     changes_scores = any(name in kwargs for name in CHANGES_SCORES)
-    has_window = bool(kwargs.get("sliding_window"))
     if not packed and attention_mask is not None and not changes_scores:
         return masked_attention(query, key, value, attention_mask, **kwargs)
-    if not packed or has_window:  # the mask says more than "causal"
+    if not packed or not is_causal(attention_mask, row_lengths, shared):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     queries = query.split(row_lengths, dim=2)
@@ -40,10 +39,29 @@ def packed_attention(module, query, key, value, attention_mask, row_lengths=None
     return torch.cat(outputs, dim=1), None
 
 
+def is_causal(mask, row_lengths: list[int], shared: int) -> bool:
+    """Does a mask `[1, 1, length, length]`, True where seen, hide only later tokens and other rows?
+
+    A sliding window or a chunk hides more, and the mask may be the only place that says so. So what it shows
+    is counted. A model that does not tell its mask where rows begin shows all earlier tokens: causal as well.
+    The answer is kept with the mask, because all layers of a kind get the same one.
+    """
+    if mask is None:
+        return True
+    if not hasattr(mask, "is_causal"):
+        lengths = list(row_lengths)
+        if shared:  # positions do not start again between the prefix and the row after it
+            lengths[:2] = [sum(lengths[:2])]
+        inside_rows = sum(length * (length + 1) // 2 for length in lengths)
+        everything = sum(lengths) * (sum(lengths) + 1) // 2
+        mask.is_causal = int(mask.sum()) in (inside_rows, everything)
+    return mask.is_causal
+
+
 def masked_attention(query, key, value, mask, scaling=None, dropout=0.0, **_):
     """Attention under `mask` `[rows, 1, width, length]`; query `[rows, heads, width, head_dim]`.
 
-    The heads that share a key head ask it as one head with so many more queries. So no key is copied for each.
+    The heads that share a key head ask it as one head with so many more queries. So no key is copied.
     """
     rows, heads, width, _ = query.shape
     kv_heads = key.shape[1]
