@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import engine.attention  # noqa: F401, registers the attention that is named "rows"
+from engine import trial
 from support import ranks
 from support.cli import InputError
 
@@ -62,9 +63,9 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None, t
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("rows")
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    trial.use_rows_attention(model)
+    return model, tokenizer
 
 
 def load_config(name: str, trust_remote_code: bool = False):
