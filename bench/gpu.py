@@ -22,8 +22,8 @@ import train
 from bench.memory import SHAPES
 from engine.decoding import Ending, Row
 from engine.model import best_device, peak_memory_gib
-from engine.slots import SlotCache, _probe, _slots
-from generate import _forward, _generate
+from engine.slots import SlotCache, forward_in_slots, one_token_cache, slots_in_memory
+from generate import generate_rows
 from support.cli import exit_cleanly
 from support.files import write_json, write_text
 
@@ -91,11 +91,15 @@ def weights_of(model) -> int:
 @torch.no_grad()
 def decode_step(model, slots: int, limits: dict) -> dict:
     """One decode step of `slots` rows of CONTEXT tokens, beside the least time its bytes and its operations need."""
-    probe, _ = _probe(model, [Row(0, [3], 1, CONTEXT + 1)])
+    probe = one_token_cache(model)
     cache, rows = SlotCache(probe, slots, CONTEXT + 1), [[3] * CONTEXT for _ in range(slots)]
+
+    def step():
+        forward_in_slots(model, cache, first_slot=0, sequences=rows, width=1)[0, 0].item()
+
     for _ in range(3):
-        _forward(model, cache, 0, rows, 1)
-    spent = min(seconds(model.device, lambda: _forward(model, cache, 0, rows, 1)[0, 0].item()) for _ in range(10))
+        step()
+    spent = min(seconds(model.device, step) for _ in range(10))
     token_bytes = sum(t.nbytes for layer in probe.layers for t in (layer.keys, layer.values))
     weights = weights_of(model)
     memory = (weights * model.dtype.itemsize + slots * CONTEXT * token_bytes) / limits["bytes/s"]
@@ -110,7 +114,7 @@ def ours(model, rows: list[Row]) -> float:
     ending, made = Ending(model, tokenizer, None), []
 
     def work():
-        made.extend(len(response.tokens) for _, response in _generate(model, rows, ending, None, None))
+        made.extend(len(response.tokens) for _, response in generate_rows(model, rows, ending))
 
     spent = seconds(model.device, work)
     return sum(made) / spent
@@ -156,8 +160,7 @@ def train_steps(model, steps: int, limits: dict) -> dict:
 def measure(model, args) -> dict:
     limits = machine_limits(model)
     rows = make_rows(model.config.vocab_size, args.prompts)
-    probe, _ = _probe(model, rows)
-    slots = min(len(rows), _slots(probe, max(row.limit for row in rows), None))
+    slots = min(len(rows), slots_in_memory(one_token_cache(model), max(row.limit for row in rows), None))
     steps = [decode_step(model, n, limits) for n in sorted({min(n, slots) for n in (64, 128, 256)})]
     ours(model, make_rows(model.config.vocab_size, 8))  # warms up
     others = make_rows(model.config.vocab_size, args.peer_prompts)

@@ -56,7 +56,7 @@ def test_the_forced_lengths_are_generated():
     made = []
     rows = gpu.make_rows(config.vocab_size, 5)
     ending = gpu.Ending(model, gpu.SimpleNamespace(eos_token_id=None, chat_template=None, decode=lambda *_, **__: ""), None)
-    for index, response in gpu._generate(model, rows, ending, None, None):
+    for index, response in gpu.generate_rows(model, rows, ending):
         made.append((index, len(response.tokens)))
     assert sorted(made) == [(row.index, row.limit - row.start) for row in gpu.make_rows(config.vocab_size, 5)]
 

@@ -338,10 +338,10 @@ def test_replaced_modules_are_used(tokenizer):
 def test_samples_follow_the_top_p_distribution():
     logits = torch.log(torch.tensor([[0.05, 0.5, 0.3, 0.15]]))
     rows = [decoding.Row(i, [0], 1, 9) for i in range(20000)]
-    drawn = decoding._choose(logits.expand(20000, 4), rows, Sampling(temperature=1.0, top_p=0.8, seed=1))
+    drawn = decoding.choose_tokens(logits.expand(20000, 4), rows, Sampling(temperature=1.0, top_p=0.8, seed=1))
     share = torch.bincount(torch.tensor(drawn), minlength=4) / 20000
     assert torch.allclose(share, torch.tensor([0, 0.5 / 0.8, 0.3 / 0.8, 0]), atol=0.015)
-    hot = decoding._choose(logits.expand(20000, 4), rows, Sampling(temperature=2.0, seed=1))
+    hot = decoding.choose_tokens(logits.expand(20000, 4), rows, Sampling(temperature=2.0, seed=1))
     share = torch.bincount(torch.tensor(hot), minlength=4) / 20000
     assert torch.allclose(share, torch.softmax(logits[0] / 2, -1), atol=0.015)
     with pytest.raises(ValueError):
