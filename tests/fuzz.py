@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 from hypothesis import HealthCheck, given, seed, settings
@@ -29,7 +30,8 @@ PIECES = [  # what the readers look for, to be strung together
     "0", "18", "1,234", ".", ",", "-", "−", "$", "%", "^", "{", "}", "\\boxed{", "e9", "e999", "٣", "²", "½", "9" * 400,
     "true", "False", "not ", "n't ", "[True/False]", " or ", "/", "_", "**", "unanswerable", "n/a", "I don’t know",
     "the", "a ", "Paris", "?", ";", '"', "'", "{{question}}", '{"id": "1", "a": [1]}', "[1]", "null", "NaN", "[" * 300,
-    ",\\!", "€", "°", "assert ", "len(", "sum(1, 2)", "f(1)", ")", " == ", "list(map(f, ",
+    ",\\!", "€", "°", "‑", "₩", "/", "8/3", "\\frac{8}{3}", "118 000", "####", "the answer is ", "“", "”", "4.5", "[BEGIN]", "[DONE]",
+    "<think>", "</think>", "assert ", "len(", "sum(1, 2)", "f(1)", ")", " == ", "list(map(f, ",
 ]
 text = st.one_of(st.text(st.characters(exclude_categories=())),
                  st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=8).map("".join))
@@ -37,7 +39,8 @@ text = st.one_of(st.text(st.characters(exclude_categories=())),
 
 def numbers(response, gold):
     value = judges.last_number(response)
-    assert value is None or type(value) is Decimal
+    assert value is None or type(value) in (Decimal, Fraction)
+    assert judges.mark_differs(response) in (True, False)
     assert judges.numeric(response, response) is (value is not None)
     assert judges.numeric(response, gold) is judges.numeric(gold, response)
 
