@@ -40,6 +40,7 @@ from engine.model import load_model, peak_memory_gib, usable_device
 from engine.packed import log_probs, split_by_tokens, target_logits
 from results.audit import audit
 from results.config import read_comparison
+from results.reading_scores import reading_scores
 from results.report import write_benchmark_report, write_report
 from support import ranks
 from support.cli import InputError, exit_cleanly, one_line_error, positive_int
@@ -173,7 +174,7 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], folder: Pa
         "unreadable_verdicts": sum(verdict is None for verdict in verdicts.values()),
     }
     if any(x.context for x in test):
-        result["reading"] = judges.reading_scores(pairs)
+        result["reading"] = reading_scores(pairs)
     general = {row["id"]: row["prompt"] for row in read_jsonl(EXAMPLES / "general.jsonl", ("id", "prompt"))}
     if not trained:
         respond(model, tokenizer, general, base / "general.jsonl", Limits(GENERAL_TOKENS))

@@ -185,18 +185,15 @@ def scripted(text_pieces):
     model.generation_config.eos_token_id = 1
     script = [VOCABULARY.index(piece) for piece in text_pieces]
 
-    def forward(self, input_ids, position_ids, past_key_values, logits_to_keep=0, **kwargs):
-        out = type(self).forward(self, input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
-        step = (position_ids[:, -1] - 2).clamp(0, len(script) - 1)  # prompts of three tokens
-        out.logits[:, -1] = torch.nn.functional.one_hot(torch.tensor(script)[step], SHAPE["vocab_size"]).float()
+    def forward(self, input_ids, position_ids=None, logits_to_keep=0, **kwargs):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        out = type(self).forward(self, input_ids, position_ids=position_ids, **kwargs)
+        step = (position_ids - 2).clamp(0, len(script) - 1)  # prompts of three tokens
+        out.logits = torch.nn.functional.one_hot(torch.tensor(script)[step], SHAPE["vocab_size"]).float()
         return out
 
-    probe_safe = lambda self, input_ids, position_ids=None, past_key_values=None, logits_to_keep=0, **kwargs: (  # noqa: E731
-        forward(self, input_ids, position_ids, past_key_values, **kwargs)
-        if position_ids is not None
-        else type(self).forward(self, input_ids, past_key_values=past_key_values, **kwargs)
-    )
-    model.forward = types.MethodType(probe_safe, model)
+    model.forward = types.MethodType(forward, model)
     return model
 
 

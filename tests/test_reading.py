@@ -9,7 +9,7 @@ import pytest
 
 import tasks
 from data import Example, hold_out
-from judges import reading_row, reading_scores
+from results.reading_scores import reading_row, reading_scores
 from support.cli import InputError
 from tasks import multidoc2dial, reading
 
