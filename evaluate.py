@@ -46,7 +46,7 @@ from support import ranks
 from support.cli import InputError, exit_cleanly, one_line_error, positive_int
 from support.files import locked, read_json, read_jsonl, resume_jsonl, write_json
 from support.stats import mcnemar, wilson
-from tasks import benchmarks, task_of
+from tasks import benchmarks, gsm8k, task_of
 
 GENERAL_TOKENS = 32  # of a response to a general prompt, at most
 
@@ -197,8 +197,8 @@ def kept_drift(model, tokenizer, dialogues: dict[str, list], path: Path) -> dict
 def harness_accuracy(path: Path, test: list[Example]) -> dict:
     """GSM8K as lm-evaluation-harness reads it, to be set beside published numbers; the paper's rule is `numeric`."""
     responses = {row["id"]: row["response"] for row in read_jsonl(path)}
-    filters = {"strict": benchmarks.gsm8k_strict, "flexible": benchmarks.gsm8k_flexible}
-    return {name: sum(benchmarks.gsm8k_match(read(responses[x.id]), x.answer) for x in test) / len(test)
+    filters = {"strict": gsm8k.gsm8k_strict, "flexible": gsm8k.gsm8k_flexible}
+    return {name: sum(gsm8k.gsm8k_match(read(responses[x.id]), x.answer) for x in test) / len(test)
             for name, read in filters.items()}
 
 
@@ -244,8 +244,8 @@ def machine(model) -> dict:
 
 def score_benchmarks(model, tokenizer, folder: Path, args) -> tuple[dict, list[dict]]:
     """(scores on args.benchmarks (Table 4), each document's), the latter kept in `folder`/samples.jsonl too."""
-    return benchmarks.score(model, tokenizer, args.benchmarks, args.data, folder, args.limit, args.num_fewshot,
-                            args.apply_chat_template, args.add_bos, args.sampled)
+    scoring = benchmarks.Scoring(args.num_fewshot, args.apply_chat_template, args.add_bos, args.limit, args.sampled)
+    return benchmarks.score(model, tokenizer, args.benchmarks, args.data, folder, scoring)
 
 
 def benchmark_run(model, tokenizer, run: Path, name: str, base_samples: list[dict] | None, args) -> tuple[dict, list[dict]]:

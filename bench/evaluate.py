@@ -36,7 +36,7 @@ SUBJECTS = ("anatomy", "high_school_physics", "professional_law")
 
 
 def choose(name: str, shots: int, data_dir: Path, n: int) -> list[benchmarks.Document]:
-    found = benchmarks.documents(name, data_dir, None, shots)
+    found = benchmarks.documents(name, data_dir, benchmarks.Scoring(num_fewshot=shots))
     if name != "mmlu":
         return found[::len(found) // n][:n]
     each = n // len(SUBJECTS)

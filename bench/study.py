@@ -21,7 +21,7 @@ from results.paper import PAPER_ACCURACY, PAPER_BENCHMARKS, PAPER_SOURCES
 from results.report import SOURCES, log_probability_section, markdown_table
 from support.cli import exit_cleanly
 from support.files import download, read_json, read_jsonl, write_json, write_jsonl, write_text
-from tasks.benchmarks import BENCHMARKS, paired_interval
+from tasks.benchmarks import BENCHMARKS, Scoring, paired_interval
 from tasks.benchmarks import documents as documents_of
 from tasks.reading import pair_unanswerable, read_squad
 
@@ -111,7 +111,7 @@ def collect(args) -> dict:
     results["settings"] = {name: getattr(args, name) for name in ("steps", "eval_every", "lr", "seeds")} | {
         split: len(read_jsonl(args.out / f"{split}.jsonl")) for split in SHARES}
     wanted = {(name, x.index) for names, limit in limits(args.documents).items() for name in names.split(",")
-              for x in documents_of(name, args.data, limit, 0, sampled=True)}
+              for x in documents_of(name, args.data, Scoring(limit=limit, sampled=True))}
     order, choices = [row["id"] for row in read_jsonl(args.out / "test.jsonl")], choices_folder(args.out)
     for name, model in results["models"].items():
         model["verdicts"] = verdict_marks(args.out / name, order)
