@@ -1,29 +1,36 @@
-"""Seconds of our greedy decoding and of transformers' `generate` on the same prompts, beside what this machine could do.
+"""Seconds of our greedy decoding and of transformers' `generate` on the same prompts, beside a limit.
 
-The sides take turns in one process, `--rounds` times (continuous batching, the slowest here, once); the medians are compared.
-The peers get 32 rows at a time in the order of the data set. With one thread CPU seconds are counted (a busy machine changes
-little), else wall time. The limit is that of decoding one token a row a step in this precision, at rates measured here once:
-prompt tokens through the matrix products, 512 rows at a time (all of them; and without what prompts share, computed once), then
-steps in which all rows decode side by side, each as long as its products at the rate of 64 rows, or as reading all weights and
-the rows' keys and values, whichever is longer. Left out: attention's products, all that is elementwise, waiting.
+The sides take turns in one process, `--rounds` times, and the medians are compared. (Continuous batching, the
+slowest here, has one turn.) The peers get 32 rows at a time in the order of the data set.
 
-    python -m bench.generate --model models/SmolLM2-135M-Instruct --gsm8k data/gsm8k/train.jsonl --out runs/bench
+The limit is that of decoding one token a row a step in this precision, at rates measured here once. Prompt
+tokens go through the matrix products, 512 rows at a time: all of them, or each shared one once. Then all rows
+decode side by side. A step takes as long as its products at the rate of 64 rows, or as reading all weights
+and the rows' keys and values, whichever is longer. Left out: attention's products, all that is elementwise,
+waiting.
+
+    python -m bench.generate --gsm8k data/gsm8k/train.jsonl --out runs/bench
+    python -m bench.generate --shape mistral-7b --out runs/bench    random weights, for a GPU (shapes.py)
 """
 
 import argparse
+import functools
+import os
 import statistics
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from bench.memory import key_value_bytes
+from bench import shapes
+from bench.machine import counts_cpu_time, device_name, flops, measured_rates, seconds
 from data import Example, prompt
 from engine.chat import chat_ids
-from engine.model import best_device
-from generate import generate
+from engine.decoding import Response, Row
+from engine.model import best_device, peak_memory_gib
+from generate import _generate, generate
 from support.cli import exit_cleanly
 from support.files import read_jsonl, write_json, write_text
 from tasks import TASKS
@@ -35,202 +42,349 @@ BATCH = 32  # of the peers
 PAGE = 16  # tokens of a page in continuous batching
 
 
-def workloads(args) -> dict[str, tuple[str, list[Example], int]]:
-    """name -> (prompt template, rows, new tokens at most)"""
-    reading = [row for article in read_squad(args.xquad) for row in article]
-    template, n = TASKS["reading"].predict, args.reading
-    found = {"reading, every question of a passage": (template, reading[:n], args.reading_tokens),
-             "reading, one question a passage": (template, one_a_passage(reading)[:n], args.reading_tokens)}
-    if args.gsm8k:
-        rows = [Example(str(i), row["question"], row["answer"]) for i, row in enumerate(read_jsonl(args.gsm8k))]
-        found["gsm8k"] = (TASKS["gsm8k"].predict, rows[: args.problems], args.problem_tokens)
-    return found
+# --------------------------------------------------------------------------------------- what is generated
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts, and how many tokens a response may have."""
+
+    name: str
+    template: str
+    rows: list[Example]
+    new_tokens: int
+
+
+def reading_workloads(file: Path, n: int, new_tokens: int) -> list[Workload]:
+    """At most n questions: all about a passage one after the other, and one about every passage."""
+    template = TASKS["reading"].predict
+    rows = []
+    for article in read_squad(file):
+        rows += article
+    return [Workload("reading, every question of a passage", template, rows[:n], new_tokens),
+            Workload("reading, one question a passage", template, one_a_passage(rows)[:n], new_tokens)]
 
 
 def one_a_passage(rows: list[Example]) -> list[Example]:
     """The first answerable question of every passage: prompts that share no context."""
-    return list({row.context: row for row in reversed(rows) if not row.unanswerable}.values())[::-1]
+    first = {}
+    for row in rows:
+        if not row.unanswerable:
+            first.setdefault(row.context, row)
+    return list(first.values())
 
 
-def ours(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]]:
+def gsm8k_workload(file: Path, n: int, new_tokens: int) -> Workload:
+    rows = []
+    for number, row in enumerate(read_jsonl(file)[:n]):
+        rows.append(Example(str(number), row["question"], row["answer"]))
+    return Workload("gsm8k", TASKS["gsm8k"].predict, rows, new_tokens)
+
+
+# --------------------------------------------------------------------------------------- the sides
+
+
+def ours(model, tokenizer, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     model.set_attn_implementation("rows")  # as load_model does
-    found = dict(generate(model, tokenizer, prompts, new))
-    return [found[i].tokens for i in range(len(prompts))]
+    responses = dict(generate(model, tokenizer, prompts, new_tokens))
+    return [responses[i].tokens for i in range(len(prompts))]
 
 
 @torch.no_grad()
-def peer(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]]:
+def peer(model, tokenizer, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """transformers' generate, left-padded batches in the order given."""
     end = tokenizer.eos_token_id
     model.set_attn_implementation("sdpa")
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
-    found = []
-    for batch in (prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)):
-        width = max(map(len, batch))
-        ids = torch.tensor([[end] * (width - len(p)) + p for p in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
-        output = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)[:, width:].tolist()
-        found += [row[: row.index(end) + 1] if end in row else row for row in output]
-    return found
+    responses = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        ids, mask = pad_left(batch, end, model.device)
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+        for row in output[:, ids.shape[1] :].tolist():
+            responses.append(row[: row.index(end) + 1] if end in row else row)
+    return responses
+
+
+def pad_left(batch: list[list[int]], padding: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), both `[batch, longest]`."""
+    width = max(len(tokens) for tokens in batch)
+    ids, mask = [], []
+    for tokens in batch:
+        missing = width - len(tokens)
+        ids.append([padding] * missing + tokens)
+        mask.append([0] * missing + [1] * len(tokens))
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 @torch.no_grad()
-def continuous(model, tokenizer, prompts: list[list[int]], new: int) -> list[list[int]]:
+def continuous(model, tokenizer, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """transformers' continuous batching, with pages for 32 rows (its own choice is all free memory)."""
     end = tokenizer.eos_token_id
     model.set_attn_implementation("sdpa")
-    config = GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=False, max_new_tokens=new)
-    blocks = BATCH * -(-(max(map(len, prompts)) + new) // PAGE)
-    pages = transformers.ContinuousBatchingConfig(page_size=PAGE, num_blocks=blocks, max_batch_tokens=512)
-    found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=pages, warmup=False)
+    config = GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=False, max_new_tokens=new_tokens)
+    longest = max(len(tokens) for tokens in prompts) + new_tokens
+    pages_a_row = -(-longest // PAGE)  # rounded up
+    pages = transformers.ContinuousBatchingConfig(page_size=PAGE, num_blocks=BATCH * pages_a_row,
+                                                  max_batch_tokens=512)
+    found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=pages,
+                                 warmup=False)
     return [output.generated_tokens for output in found.values()]
 
 
-PEER, CONTINUOUS = "transformers generate, batch 32", "transformers continuous batching, 32 rows"
+PEER = "transformers generate, batch 32"
+CONTINUOUS = "transformers continuous batching, 32 rows"
 SIDES = {"ours": ours, PEER: peer}
 if hasattr(transformers, "ContinuousBatchingConfig"):  # else another version has it, under other names
     SIDES[CONTINUOUS] = continuous
 
 
-def counts_cpu() -> bool:
-    return torch.get_num_threads() == 1 and not torch.cuda.is_available()
+# -------------------------------------------------------------------------------------- times and their limit
 
 
-def clock() -> float:
-    return time.process_time() if counts_cpu() else time.perf_counter()
+def measure(model, tokenizer, workload: Workload, rounds: int, rates: dict[str, float]) -> dict:
+    """Medians, ratio, and the limit of one workload, in seconds."""
+    # 1. All sides, in turns.
+    prompts = [chat_ids(tokenizer, prompt(workload.template, row)) for row in workload.rows]
+    times = {name: [] for name in SIDES}
+    answers = {}
+    for number in range(rounds):
+        for name, side in SIDES.items():
+            if name == CONTINUOUS and number > 0:
+                continue
+            work = functools.partial(side, model, tokenizer, prompts, workload.new_tokens)
+            spent, answers[name] = seconds(work)
+            times[name].append(spent)
+
+    # 2. What they came to.
+    generated = sum(len(answer) for answer in answers["ours"])
+    medians, rate, differ = {}, {}, {}
+    for name in SIDES:
+        medians[name] = statistics.median(times[name])
+        rate[name] = generated / medians[name]
+        pairs = zip(answers["ours"], answers[name], strict=True)
+        differ[name] = sum(mine != theirs for mine, theirs in pairs)
+
+    # 3. The limit.
+    lengths = [(len(ids), len(answer)) for ids, answer in zip(prompts, answers["ours"], strict=True)]
+    prompt_tokens = sum(start for start, _ in lengths)
+    decoding = decode_limit(lengths, *step_seconds(model, rates))
+    read_one = flops(model, head=False) / 1e9 / rates["GFLOP/s at 512 rows"]
+    return {
+        "prompts": len(prompts), "prompt tokens": prompt_tokens, "distinct": distinct(prompts),
+        "generated": generated, "seconds": medians, "rounds": times, "answers that differ": differ,
+        "tokens a second": rate, "ratio": medians[PEER] / medians["ours"],
+        "limit": {"every prompt token": decoding + prompt_tokens * read_one,
+                  "shared once": decoding + distinct(prompts) * read_one},
+    }
 
 
-@torch.no_grad()
-def row_seconds(model, rows: int, head: bool) -> float:
-    """Seconds a row of the model's matrix products take when `rows` go through at once: the best of ten passes."""
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()]
-    layers += [model.get_output_embeddings()] if head else []
-    inputs = {m.in_features: torch.randn(rows, m.in_features, device=model.device, dtype=model.dtype) for m in layers}
-    times = []
-    for _ in range(10):
-        start = clock()
-        for layer in layers:
-            total = layer(inputs[layer.in_features])
-        total[0, 0].item()
-        times.append(clock() - start)
-    return min(times) / rows
-
-
-def bandwidth(device) -> float:
-    """Bytes a second at which 1 GiB is read: the best of ten passes."""
-    numbers, times = torch.ones(2**28, device=device), []
-    for _ in range(10):
-        start = clock()
-        numbers.sum().item()
-        times.append(clock() - start)
-    return 2**30 / min(times)
+def step_seconds(model, rates: dict[str, float]) -> tuple[float, float, float]:
+    """Seconds of a row's products in a decode step, of reading the weights, of reading one token's cache."""
+    operations = flops(model, head=True)
+    config = model.config.get_text_config(decoder=True)
+    row = operations / 1e9 / rates["GFLOP/s at 64 rows"]
+    weights = operations / 2 * model.dtype.itemsize / 1e9 / rates["GB/s"]
+    key_values = shapes.key_value_bytes(config, model.dtype) / 1e9 / rates["GB/s"]
+    return row, weights, key_values
 
 
 def decode_limit(lengths: list[tuple[int, int]], row: float, weights: float, key_values: float) -> float:
-    """Seconds of the steps after the first token of rows with so many (prompt, generated) tokens, all side by side.
+    """Seconds of the steps after the first token of rows with (prompt, generated) tokens, all side by side.
 
-    A step's products take `row` seconds a row; reading takes `weights` seconds, and `key_values` a token in the cache.
+    A step's products take `row` seconds a row. Reading takes `weights` seconds, and `key_values` seconds for
+    every token in the cache.
     """
     total = 0.0
-    for t in range(1, max(new for _, new in lengths)):
-        live = [start + t for start, new in lengths if new > t]
-        total += max(len(live) * row, weights + sum(live) * key_values)
+    for step in range(1, max(generated for _, generated in lengths)):
+        cached = [start + step for start, generated in lengths if generated > step]  # tokens of each live row
+        total += max(len(cached) * row, weights + sum(cached) * key_values)
     return total
 
 
 def distinct(prompts: list[list[int]]) -> int:
-    """Prompt tokens that have to be computed when what two prompts share is computed once."""
-    count, last = 0, []
+    """Prompt tokens that have to be computed when what two prompts begin with is computed once."""
+    count = 0
+    before = []
     for current in sorted(prompts):
-        same = next((i for i, (a, b) in enumerate(zip(last, current, strict=False)) if a != b), min(len(last), len(current)))
-        count, last = count + len(current) - same, current
+        shared = os.path.commonprefix([before, current])  # works on any lists, not only on paths
+        count += len(current) - len(shared)
+        before = current
     return count
 
 
-def measure(model, tokenizer, template: str, rows: list[Example], new: int, rounds: int, rates: dict) -> dict:
-    """Medians, ratio, and share of the limit of one workload."""
-    prompts = [chat_ids(tokenizer, prompt(template, row)) for row in rows]
-    times, answers = {name: [] for name in SIDES}, {}
-    for number in range(rounds):
-        for name, side in SIDES.items():
-            if number and name == CONTINUOUS:
-                continue
-            start = clock()
-            answers[name] = side(model, tokenizer, prompts, new)
-            times[name].append(clock() - start)
-    seconds = {name: statistics.median(spent) for name, spent in times.items()}
-    generated, prompt_tokens = sum(map(len, answers["ours"])), sum(map(len, prompts))
-    differ = {name: sum(a != b for a, b in zip(answers["ours"], found, strict=True)) for name, found in answers.items()}
-    read = flops(model, head=False) / 1e9 / rates["GFLOP/s at 512 rows"]  # seconds a prompt token
-    row = flops(model, head=True) / 1e9 / rates["GFLOP/s at 64 rows"]
-    weights = flops(model, head=True) / 2 * model.dtype.itemsize / 1e9 / rates["GB/s"]
-    key_values = key_value_bytes(model.config.get_text_config(decoder=True), model.dtype) / 1e9 / rates["GB/s"]
-    lengths = [(len(ids), len(answer)) for ids, answer in zip(prompts, answers["ours"], strict=True)]
-    floor = decode_limit(lengths, row, weights, key_values)
-    return {
-        "prompts": len(prompts), "prompt tokens": prompt_tokens, "distinct": distinct(prompts), "generated": generated,
-        "seconds": seconds, "rounds": times, "answers that differ": differ,
-        "tokens a second": {name: generated / spent for name, spent in seconds.items()},
-        "ratio": seconds[PEER] / seconds["ours"],
-        "limit": {"every prompt token": floor + prompt_tokens * read, "shared once": floor + distinct(prompts) * read},
-    }
-
-
-def flops(model, head: bool) -> int:
-    """Operations of one token's matrix products."""
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    return 2 * sum(m.weight.numel() for m in layers if head or m is not model.get_output_embeddings())
-
-
-def measured_rates(model) -> dict[str, float]:
-    """What the limit is made of: matrix products without the head for prompts, with it for decoding; reading memory."""
-    return {"GFLOP/s at 512 rows": flops(model, head=False) / row_seconds(model, 512, head=False) / 1e9,
-            "GFLOP/s at 64 rows": flops(model, head=True) / row_seconds(model, 64, head=True) / 1e9,
-            "GB/s": bandwidth(model.device) / 1e9}
-
-
 def table(results: dict) -> str:
-    lines = [f"{results['model']}, {results['machine']}, {results['clock']} seconds, medians of {results['rounds']}", "",
-             "| workload | prompts, tokens in (distinct), out | side | seconds | tok/s | times as fast | % of limit | "
-             "% of limit, shared once | answers that differ from ours |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [f"{results['model']}, {results['machine']}, {results['clock']} seconds, "
+             f"medians of {results['rounds']}", "",
+             "| workload | prompts, tokens in (distinct), out | side | seconds | tok/s | times as fast | "
+             "% of limit | % of limit, shared once | answers that differ from ours |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for name, case in results["workloads"].items():
         size = f"{case['prompts']}, {case['prompt tokens']} ({case['distinct']}), {case['generated']}"
         for side, spent in case["seconds"].items():
-            percent = [f"{100 * limit / spent:.0f}" for limit in case["limit"].values()]
-            lines.append(f"| {name} | {size} | {side} | {spent:.1f} | {case['tokens a second'][side]:.1f} | "
-                         f"{case['seconds'][PEER] / spent:.2f} | {' | '.join(percent)} | "
-                         f"{case['answers that differ'][side]} |")
+            every, once = (100 * limit / spent for limit in case["limit"].values())
+            rate, ratio = case["tokens a second"][side], case["seconds"][PEER] / spent
+            lines.append(f"| {name} | {size} | {side} | {spent:.1f} | {rate:.1f} | {ratio:.2f} | "
+                         f"{every:.0f} | {once:.0f} | {case['answers that differ'][side]} |")
     rates = ", ".join(f"{rate:.0f} {name}" for name, rate in results["rates"].items())
     return "\n".join([*lines, "", f"Measured for the limit: {rates}"]) + "\n"
 
 
+# ----------------------------------------------------------------------------------- a model of a known shape
+
+
+CONTEXT = 400  # tokens of a row whose decode steps are timed
+STEPS = 32  # so many are timed
+SLOTS = (64, 128, 256)  # rows side by side in them
+PEER_BATCHES = (32, 128)
+
+
+def ends_by_length(row: Row) -> Response | None:
+    """In place of decoding.Ending: each row has a limit of its own, and nothing else ends it."""
+    if len(row.tokens) < row.limit:
+        return None
+    return Response("", row.tokens[row.start :], finished=False)
+
+
+def our_rows(model, rows: list[Row]) -> int:
+    """Our engine, every response up to its own row's limit -> how many tokens were made."""
+    model.set_attn_implementation("rows")
+    made = 0
+    for _, response in _generate(model, rows, ends_by_length, memory_gib=None, sample=None):
+        made += len(response.tokens)
+    return made
+
+
+@torch.no_grad()
+def peer_rows(model, rows: list[Row], size: int) -> int:
+    """transformers' generate, each batch until its longest response ends -> how many tokens were wanted."""
+    model.set_attn_implementation("sdpa")
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        longest = max(row.limit - row.start for row in batch)
+        ids, mask = pad_left([row.tokens for row in batch], 0, model.device)
+        model.generate(ids, attention_mask=mask, min_new_tokens=longest, max_new_tokens=longest,
+                       do_sample=False)
+    return sum(row.limit - row.start for row in rows)
+
+
+def seconds_of_steps(model, slots: int, steps: int) -> float:
+    """Seconds of reading `slots` rows of CONTEXT tokens, and of so many decode steps after that."""
+    times = []
+    for _ in range(3):
+        rows = [Row(i, [3] * CONTEXT, start=CONTEXT, limit=CONTEXT + 1 + steps) for i in range(slots)]
+        spent, _ = seconds(functools.partial(our_rows, model, rows))
+        times.append(spent)
+    return min(times)
+
+
+def decode_step(model, slots: int, rates: dict[str, float]) -> dict:
+    """One decode step of `slots` rows, beside what its bytes and its operations need at least."""
+    spent = (seconds_of_steps(model, slots, STEPS) - seconds_of_steps(model, slots, 0)) / STEPS
+    row, weights, key_values = step_seconds(model, rates)
+    memory = weights + slots * CONTEXT * key_values
+    return {"slots": slots, "ms": 1e3 * spent, "memory floor, ms": 1e3 * memory,
+            "arithmetic floor, ms": 1e3 * slots * row}
+
+
+def measure_shape(model, prompts: int, peer_prompts: int) -> dict:
+    """Decode steps, and generated tokens a second on rows of GSM8K's lengths: ours and transformers'."""
+    vocabulary = model.config.vocab_size
+    rates = measured_rates(model)
+    our_rows(model, shapes.random_rows(vocabulary, 8))  # warms up
+    steps = [decode_step(model, slots, rates) for slots in sorted({min(n, prompts) for n in SLOTS})]
+
+    speeds = {}
+    for size in PEER_BATCHES:
+        rows = shapes.random_rows(vocabulary, peer_prompts)
+        spent, wanted = seconds(functools.partial(peer_rows, model, rows, size))
+        speeds[f"transformers generate, batch {size}"] = wanted / spent
+    rows = shapes.random_rows(vocabulary, prompts)
+    spent, made = seconds(functools.partial(our_rows, model, rows))
+    speeds["ours"] = made / spent
+
+    lengths = shapes.lengths(shapes.RESPONSE, 1000, seed=0)
+    job_tokens = shapes.JOB_RESPONSES * statistics.mean(lengths)
+    return {"rates": rates, "decode": steps, "tokens a second": speeds, "peak GiB": peak_memory_gib(),
+            "job, minutes": job_tokens / speeds["ours"] / 60}
+
+
+def shape_table(results: dict) -> str:
+    figures = {}
+    for name, speed in results["tokens a second"].items():
+        figures[f"generated tokens/s, {name}"] = f"{speed:,.0f}"
+    for step in results["decode"]:
+        name = f"decode step of {step['slots']} rows of {CONTEXT} tokens: ms (floor of memory, of arithmetic)"
+        memory, arithmetic = step["memory floor, ms"], step["arithmetic floor, ms"]
+        figures[name] = f"{step['ms']:.2f} ({memory:.2f}, {arithmetic:.2f})"
+    figures["peak GiB"] = f"{results['peak GiB']:.1f}"
+    job = {"the paper's GSM8K job, generation, minutes (projected)": f"{results['job, minutes']:.1f}"}
+    return shapes.shape_table(results, figures, job)
+
+
+# --------------------------------------------------------------------------------------- the command line
+
+
+def compare(model_name: str, dtype: str, workloads: list[Workload], rounds: int, out: Path) -> None:
+    """All workloads on a real model -> generate.json and generate.md."""
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=getattr(torch, dtype))
+    model.to(best_device()).eval()
+    results = {
+        "model": model_name,
+        "machine": f"{device_name(model.device)}, {dtype}, torch {torch.__version__}, "
+                   f"transformers {transformers.__version__}",
+        "rounds": rounds, "workloads": {}, "clock": "CPU" if counts_cpu_time() else "wall",
+        "rates": measured_rates(model),
+    }
+    for workload in workloads:
+        case = measure(model, tokenizer, workload, rounds, results["rates"])
+        results["workloads"][workload.name] = case
+        write_json(out / "generate.json", results)
+        write_text(out / "generate.md", table(results))
+    print(table(results))
+
+
+def run_shape(shape: str, prompts: int | None, peer_prompts: int | None, out: Path) -> None:
+    """A model of a known shape with random weights -> generate-SHAPE.json and .md."""
+    model = shapes.random_model(shape, best_device())
+    gpu = model.device.type == "cuda"
+    found = measure_shape(model, prompts or (2048 if gpu else 64), peer_prompts or (128 if gpu else 32))
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    results = {"machine": f"{device_name(model.device)}, {versions}", "shape": shape, "gpu": gpu, **found}
+    write_json(out / f"generate-{shape}.json", results)
+    write_text(out / f"generate-{shape}.md", shape_table(results))
+    print(shape_table(results))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="a folder or name (%(default)s)")
-    parser.add_argument("--xquad", type=Path, default=ROOT / "examples/reading.json", help="SQuAD-format JSON (%(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="(%(default)s)")
+    parser.add_argument("--xquad", type=Path, default=ROOT / "examples/reading.json",
+                        help="SQuAD-format JSON (%(default)s)")
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's train.jsonl (left out: no GSM8K)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="for generate.json, generate.md (%(default)s)")
-    parser.add_argument("--reading", type=int, default=96, help="prompts of each kind of reading, at most (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="(%(default)s)")
+    parser.add_argument("--reading", type=int, default=96, help="prompts of each kind, at most (%(default)s)")
     parser.add_argument("--reading-tokens", type=int, default=96, help="new tokens at most (%(default)s)")
     parser.add_argument("--problems", type=int, default=64, help="GSM8K prompts (%(default)s)")
     parser.add_argument("--problem-tokens", type=int, default=256, help="new tokens at most (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="(torch's choice)")
     parser.add_argument("--dtype", default="float32", help="(%(default)s)")
+    parser.add_argument("--shape", choices=shapes.SHAPES, help="random weights in place of --model")
+    parser.add_argument("--prompts", type=int, help="with --shape: ours (2048, without a GPU 64)")
+    parser.add_argument("--peer-prompts", type=int, help="with --shape: theirs (128, without a GPU 32)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(best_device()).eval()
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    results = {"model": args.model, "machine": f"{device}, {args.dtype}, torch {torch.__version__}, "
-               f"transformers {transformers.__version__}", "rounds": args.rounds, "workloads": {},
-               "clock": "CPU" if counts_cpu() else "wall", "rates": measured_rates(model)}
-    for name, (template, rows, new) in workloads(args).items():
-        results["workloads"][name] = measure(model, tokenizer, template, rows, new, args.rounds, results["rates"])
-        write_json(args.out / "generate.json", results)
-        write_text(args.out / "generate.md", table(results))
-    print(table(results))
+    if args.shape:
+        return run_shape(args.shape, args.prompts, args.peer_prompts, args.out)
+
+    workloads = reading_workloads(args.xquad, args.reading, args.reading_tokens)
+    if args.gsm8k:
+        workloads.append(gsm8k_workload(args.gsm8k, args.problems, args.problem_tokens))
+    compare(args.model, args.dtype, workloads, args.rounds, args.out)
 
 
 if __name__ == "__main__":
