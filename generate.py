@@ -55,7 +55,7 @@ def generate(
     is exhausted or closed. ValueError: max_new_tokens < 1, an empty prompt, a prompt that fills the context
     (named by its index).
     """
-    context = context_length(model)
+    context = context_length(model.config)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     rows = []

@@ -1,4 +1,4 @@
-"""The model: where it runs, how it is loaded, how much it holds."""
+"""A model: the device it runs on, how it is loaded, how much it holds."""
 
 import contextlib
 import math
@@ -19,8 +19,15 @@ from support.cli import InputError
 transformers.logging.disable_progress_bar()
 
 
+# --- Devices ------------------------------------------------------------------------------------------------
+
+
 def best_device() -> str:
-    return f"cuda:{ranks.LOCAL_RANK}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return f"cuda:{ranks.LOCAL_RANK}"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
 
 def usable_device(name: str | None) -> str:
@@ -35,17 +42,32 @@ def usable_device(name: str | None) -> str:
     return name
 
 
+def peak_memory_gib() -> float:
+    """The most memory this process has held, in GiB: of the GPU's if it used one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "darwin":  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        resident *= 1024
+    return round(resident / 2**30, 2)
+
+
+# --- Loading ------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def loading_error_as_one_line(name: str):
     """Turn whatever loading a model can raise into one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise InputError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        one_line = " ".join(str(error).split())
+        raise InputError(f"--model {name}: cannot be loaded ({one_line[:300]})") from None
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, chat: bool = True):
-    """InputError: it cannot be loaded, or has no chat template where one is needed."""
+    """The tokenizer of a model. InputError: it cannot be loaded, or has no chat template where one is needed."""
     with loading_error_as_one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if chat and not tokenizer.chat_template:
@@ -53,16 +75,32 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, chat: bool = True
     return tokenizer
 
 
-def load_model(name: str, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False,
-               chat: bool = True):
-    """(model, tokenizer) of a Hugging Face name or folder: safetensors only, bfloat16 on a GPU and float32 elsewhere."""
+def load_model(
+    name: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    chat: bool = True,
+):
+    """(model, tokenizer) of a Hugging Face name or folder, from safetensors only, in eval mode.
+
+    Without a device it is the best that there is. Without a dtype it is bfloat16 on a GPU, float32 elsewhere.
+    """
     device = usable_device(device)
-    dtype = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    if dtype is None:
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
     tokenizer = load_tokenizer(name, trust_remote_code, chat)
+
     with loading_error_as_one_line(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
+            name,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+
     model = model.to(device).eval()
     trial.use_rows_attention(model)
     return model, tokenizer
@@ -72,6 +110,9 @@ def load_config(name: str, trust_remote_code: bool = False):
     """A model's configuration: a small file, read long before its weights."""
     with loading_error_as_one_line(name):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+# --- What a model holds -------------------------------------------------------------------------------------
 
 
 def context_length(config) -> float:
@@ -84,15 +125,7 @@ def count_weights(name: str, trust_remote_code: bool = False) -> int:
     with loading_error_as_one_line(name), torch.device("meta"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return sum(p.numel() for p in model.parameters())
-
-
-def peak_memory_gib() -> float:
-    """The most memory this process has held: of the GPU's if it used one, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def reset_peak_memory() -> None:
