@@ -312,7 +312,10 @@ def token_recall(response: str, gold: str) -> float:
     """The share of the gold's words (as a multiset) that the response has: |response ∩ gold| / |gold|."""
     wanted = Counter(normalize(gold))
     if not wanted:
-        return float(response.strip().lower() == gold.strip().lower() != "" or bare(response) == bare(gold) != "")
+        for form in (str.lower, bare):
+            if form(response).strip() == form(gold).strip() != "":
+                return 1.0
+        return 0.0
     return (wanted & Counter(normalize(response))).total() / wanted.total()
 
 
