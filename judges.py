@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from data import Example, fill
 from support import ranks, sandbox
+from support.cli import InputError
 from support.numerals import last_number, same_number
 
 INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of controls, formats and separators
@@ -189,25 +190,58 @@ Reference Answer:
 Decision: [True/False]"""  # Fig. 8
 VERDICT = re.compile(
     r"""
-    \b (?: true|false ) \s* (?: / | \| | \b or \b ) \s* (?: true|false ) \b        # the choice, echoed: skipped
-  | (?P<no> (?: \b (?: not|never|neither|cannot ) | n['’]t ) (?: \s+ \w+ ){0,3}? \s+ )?   # not true, isn't quite true
+    # The choice, echoed, decides nothing: True/False, only 'True' or 'False'.
+    (?: \b only \W+ )? \b (?: true|false ) ['"”’*`]* \s* (?: / | \| | , | \b or \b ) \s* ['"“‘*`]* (?: true|false ) \b
+    # Nor does a question: true?
+  | \b (?: true|false ) \s* \?
+    # The instruction, repeated (only 'True'), or a condition: whether it is true.
+  | (?P<condition> \b only \W+ (?: true|false ) \b
+      | \b (?: if|whether|would\ be|could\ be|may\ be|must\ be ) \b [^.\n]{,80}? \b (?: true|false ) \b )
+    # A verdict: true, not true, isn't quite true.
+  | (?P<no> (?: \b (?: not|never|neither|cannot|hardly|far\ from ) | n['’]t ) (?: \s+ \w+ ){0,3}? \s+ )?
     (?<! [^\W_] ) (?P<word> true|false ) (?! [^\W_] )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+CALLS_WRONG = re.compile(
+    r"""
+    (?<! not\s ) (?<! n['’]t\s ) (?<! nothing\s ) \b (?: wrong|incorrect|inaccurate|mistaken|erroneous|untrue ) \b
+  | (?: \b not | n['’]t ) \s+ (?: \w+ \s+ )? (?: correct|right|accurate|match|equivalent ) \b
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+FIRST_REPLIES = 20  # if none of them holds a verdict, something is wrong with the judge
 
 
-def parse_verdict(text: str) -> bool | None:
-    """The first word true or false of a reply, "not true" being False. None: it has neither, or says "not false"."""
-    for match in VERDICT.finditer(text):
+def parse_verdict(reply: str) -> bool | None:
+    """The first word true or false of a reply, "not true" being False. None: the reply holds no verdict.
+
+    That is so where the words are missing or stand in thoughts only, where the instruction is repeated or a condition
+    named before them, and for "not false". A reply that says true and then false, or true of an answer that it calls
+    wrong, holds no verdict either.
+    """
+    reply = THOUGHTS_END.split(reply)[-1]
+    if "<think" in reply.lower():
+        return None  # still thinking when it was cut off
+    verdicts = []
+    for match in VERDICT.finditer(reply):
+        if match["condition"]:
+            verdicts.append(None)
         if not match["word"]:
-            continue  # "True/False": the choice, repeated
-        verdict = match["word"].lower() == "true"
+            continue
+        says_true = match["word"].lower() == "true"
         negated = match["no"] is not None
-        if not negated:
-            return verdict
-        return False if verdict else None
-    return None
+        if negated:
+            verdicts.append(False if says_true else None)
+        else:
+            verdicts.append(says_true)
+
+    if not verdicts:
+        return None
+    contradicts_itself = False in verdicts or CALLS_WRONG.search(reply)
+    if verdicts[0] is True and contradicts_itself:
+        return None
+    return verdicts[0]
 
 
 class LLMJudge:
@@ -218,32 +252,59 @@ class LLMJudge:
 
     def __init__(self, generate: Callable[[list[str]], list[str]]):
         self.generate = generate
+        self.asked = 0
         self.unparsed = 0
 
     def verdicts(self, pairs: Sequence[tuple[Example, str]]) -> list[bool | None]:
-        """The verdict on each (example, response), None where the reply holds none."""
-        prompts = []
-        for x, response in pairs:
-            prompts.append(fill(LLM_JUDGE, question=x.question, predicted_response=response, gold_response=x.answer))
-        verdicts = [parse_verdict(reply) for reply in self.generate(prompts)]
-        self.unparsed += verdicts.count(None)
-        return verdicts
+        """The verdict on each (example, response), None where the reply holds none. A blank response is not asked about.
+
+        InputError: of the first 20 replies, none held a verdict.
+        """
+        prompts = [llm_prompt(x, response) for x, response in pairs if not is_blank(response)]
+        replies = self.generate(prompts) if prompts else []
+        read = [parse_verdict(reply) for reply in replies]
+        self.asked += len(read)
+        self.unparsed += read.count(None)
+        if FIRST_REPLIES <= self.asked == self.unparsed:
+            raise InputError(
+                f"the LLM judge: none of its first {self.asked} replies says True or False (one is {replies[-1][:60]!r}); "
+                "a model that thinks first needs --chat-template-kwargs '{\"enable_thinking\": false}', another model may "
+                "not be able to judge"
+            )
+        in_order = iter(read)
+        return [False if is_blank(response) else next(in_order) for _, response in pairs]
 
     def __call__(self, pairs: Sequence[tuple[Example, str]]) -> list[bool]:
         return [verdict is True for verdict in self.verdicts(pairs)]
+
+
+def llm_prompt(x: Example, response: str) -> str:
+    """The prompt of Fig. 8. Where a row has several golds, the reference answer is "one or another"."""
+    golds = dict.fromkeys((x.answer, *x.aliases))  # each once
+    return fill(LLM_JUDGE, question=x.question, predicted_response=response, gold_response=" or ".join(golds))
 
 
 MAX_WORDS = 50  # so that reciting the context is no answer
 ABSTENTIONS = ("unanswerable", "n/a", "idk", "i don't know", "not known", "answer not in context",
                "the answer is unknown")
 WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # these count only as the whole reply
+BEYOND_ASCII = [chr(code) for code in range(0x80, 0x10000)]
+PUNCTUATION = string.punctuation + "".join(c for c in BEYOND_ASCII if unicodedata.category(c).startswith("P"))
+NO_PUNCTUATION = str.maketrans("", "", PUNCTUATION)
+APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ＇"), "'")
+# A point or a comma inside a number, or a point before one: 4.5, 4,5, .5, but not the comma of 4,500.
+DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)|(?<=\d),(?!\d{3}(?!\d))(?=\d)|(?<![\w.])\.(?=\d)")
 ABSTENTION = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ABSTENTIONS)) + r")(?!\w)")
-SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\s/\s|\n")
+SENTENCE_END = re.compile(r"[.!?;][\"'”’»)*_]*(?=\s|$)|\s/\s|\n")
 
 
 def normalize(text: str) -> list[str]:
-    """The words of a text after SQuAD's normalisation: lower case, no ASCII punctuation, no articles."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    """The words of a text after SQuAD's normalisation: lower case, no punctuation, no articles.
+
+    Unlike SQuAD's, it drops the punctuation of Unicode too, and keeps a decimal point (or comma) as a point.
+    """
+    parts = DECIMAL_POINT.split(text.lower())
+    text = ".".join(part.translate(NO_PUNCTUATION) for part in parts)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
@@ -251,7 +312,10 @@ def token_recall(response: str, gold: str) -> float:
     """The share of the gold's words (as a multiset) that the response has: |response ∩ gold| / |gold|."""
     wanted = Counter(normalize(gold))
     if not wanted:
-        return float(response.strip().lower() == gold.strip().lower() != "")
+        for form in (str.lower, bare):
+            if form(response).strip() == form(gold).strip() != "":
+                return 1.0
+        return 0.0
     return (wanted & Counter(normalize(response))).total() / wanted.total()
 
 
@@ -263,7 +327,7 @@ def sentences(text: str) -> list[str]:
 
 def bare(text: str) -> str:
     """Lower-cased, without marks and blanks around it."""
-    return text.lower().replace("’", "'").strip(string.punctuation + string.whitespace)
+    return text.lower().translate(APOSTROPHES).strip(PUNCTUATION + string.whitespace)
 
 
 def abstains(response: str) -> bool:
@@ -278,7 +342,7 @@ def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequen
 
     Longer ones are rejected, because whoever recites the context has every word. So is an answer that abstains later.
     """
-    if len(response.split()) > MAX_WORDS:
+    if is_blank(response) or len(response.split()) > MAX_WORDS:
         return False
     if unanswerable:
         first_sentence = next(iter(sentences(response)), "")
@@ -322,11 +386,17 @@ def judge_all(name: str, pairs: Sequence[tuple[Example, str]], generate=None) ->
     """
     if name == "llm":
         judge = LLMJudge(generate)
-        for start in range(0, len(pairs), LLM_BATCH):
+        yield from judge.verdicts(pairs[:FIRST_REPLIES])  # few at first: a judge that cannot judge says so at once
+        for start in range(FIRST_REPLIES, len(pairs), LLM_BATCH):
             yield from judge.verdicts(pairs[start : start + LLM_BATCH])
-    elif name == "code":
+        return
+
+    def verdict(pair: tuple[Example, str]) -> bool:
+        x, response = pair
+        return not is_blank(response) and JUDGES[name](x, response)
+
+    if name == "code":
         with ThreadPoolExecutor(workers()) as pool:
-            yield from pool.map(lambda pair: JUDGES["code"](*pair), pairs)
+            yield from pool.map(verdict, pairs)
     else:
-        for x, response in pairs:
-            yield JUDGES[name](x, response)
+        yield from map(verdict, pairs)

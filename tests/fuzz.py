@@ -53,16 +53,17 @@ def numbers(response, gold):
 
 def extraction(response, program):
     assert type(judges.extract_code(response)) is str
-    if program.strip("\ufeff").strip() == program and not any(mark in program for mark in ("[[", "]]",
-        "```")):
+    marks = ("[[", "]]", "```", "~~~", "</think>")
+    if program.strip("\ufeff").strip() == program and not any(mark in program for mark in marks):
         before = response.replace("[[BEGIN]]", "")
+        response = response.replace("</think>", "")  # what comes before it would be thoughts
         assert judges.extract_code(f"{before}[[BEGIN]]\n{program}\n[[DONE]]{response}") == program
 
 
 def verdicts(reply, question):
     assert judges.parse_verdict(reply) in (True, False, None)
     judge = judges.LLMJudge(lambda prompts: [reply for _ in prompts])
-    accepted = judge([(Example("1", question, reply), question)])
+    accepted = judge([(Example("1", question, reply), "x" + question)])
     assert accepted == [judges.parse_verdict(reply) is True] and judge.unparsed == (judges.parse_verdict(reply) is None)
 
 

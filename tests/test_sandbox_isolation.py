@@ -40,8 +40,30 @@ def test_cpu_time_is_limited():
 
 
 def test_a_sleeping_program_is_ended_by_the_wall_clock(monkeypatch):
-    monkeypatch.setattr(sandbox, "WALL_SECONDS", 1.0)
+    monkeypatch.setattr(sandbox, "SLEEP_SECONDS", 1.0)
     assert seconds("import time\ntime.sleep(3600)", cpu_seconds=0.1) < 10
+
+
+@isolated
+@pytest.mark.parametrize("program", [
+    "import time\ntime.sleep(3600)",
+    "import time\nwhile time.process_time() < 0.3: pass\nwhile True: time.sleep(0.01)",  # in small pieces
+    "import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()",
+    "import signal\nwhile True: signal.pause()",
+])
+def test_a_sleeping_program_is_ended_whatever_its_cpu_limit(monkeypatch, program):
+    assert sandbox.SLEEP_SECONDS == 10
+    monkeypatch.setattr(sandbox, "SLEEP_SECONDS", 1.0)
+    assert seconds(program, cpu_seconds=100) < 10
+
+
+@isolated
+def test_a_program_that_computes_does_not_sleep(monkeypatch):
+    monkeypatch.setattr(sandbox, "SLEEP_SECONDS", 0.8)
+    busy = "import time\ndef f(x):\n    while time.process_time() < 1.5: pass\n    return x + 1"
+    thread = "import threading, time\ndef f(x):\n    def work():\n        while time.process_time() < 1.5: pass\n" \
+             "    t = threading.Thread(target=work)\n    t.start()\n    t.join()\n    return x + 1"
+    assert passes(busy, EQUALITY) and passes(thread, EQUALITY)
 
 
 def peak_of_judging(program: str) -> int:
@@ -65,8 +87,8 @@ def test_the_judge_holds_no_flood_of_output(program):
 
 
 def test_the_verdict_does_not_depend_on_the_load(monkeypatch):
-    """Neither by its CPU time nor, on Linux, by the wall clock: the guard is 1.5 s here, and 0.7 s of CPU take longer."""
-    monkeypatch.setattr(sandbox, "WALL_SECONDS", -3.5 if sys.platform == "linux" else 60)
+    """Neither by its CPU time nor, on Linux, by its sleep: 1.5 s are allowed here, and 0.7 s of CPU take longer."""
+    monkeypatch.setattr(sandbox, "SLEEP_SECONDS", 1.5 if sys.platform == "linux" else 60)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)  # of the child's own weight
             for _ in range(3 * os.cpu_count())]
     try:
