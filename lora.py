@@ -108,7 +108,7 @@ def layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable LoRA parameters, A before B, in the model's own order. `load` may leave none trainable."""
+    """The trainable LoRA parameters, A before B, in the model's own order. After `load` there may be none."""
     return [parameter for parameter in _tensors(model).values() if parameter.requires_grad]
 
 
