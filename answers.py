@@ -1,125 +1,374 @@
-"""A model's answers and the judge's verdicts on them: what selection, validation and evaluation stand on.
+"""What a method may ask: the base model's answers with the judge's verdicts (Algorithm 1, lines 4, 5, 8, 9).
 
-`respond` asks the model (generate.py), `judge_answers` asks the judge (judges.py). Both keep what they got in a file, and what
-it holds already, from an earlier run or another engine, is not made again. `validate` does both in the middle of training and
-keeps nothing. An unreadable verdict of the LLM judge (8 tokens at most) is None, and counts as rejected.
+`BaseLM` is M_θ0 with a task and its judge. `respond` asks the model (generate.py), and `judge_answers` asks
+the judge (judges.py). Both keep what they got in a file. What the file holds already, from an earlier run or
+another engine, is not made again, as long as it answers the same question. `validate` does both in the middle
+of training and keeps nothing.
+
+A row of predictions.jsonl, paraphrases.jsonl, samples.jsonl or test.jsonl:
+
+    {"id": "train-0", "response": "... The answer is 72.", "tokens": [9707, ..., 2], "finished": true,
+     "digest": "1f0c-..."}
+
+`tokens` are what the model generated, its end of turn included. They are trained on as they are. Judges and
+people see the text. `digest` tells what the row answers: prompt, limits and sampling, and model. A file made
+elsewhere needs `id` and `response` alone.
 """
 
-import dataclasses
 import hashlib
+import inspect
 import sys
 import time
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import judges
 import lora
 from data import Example, Task, prompt
-from engine.chat import chat_ids, training_ids
+from engine.chat import chat_ids, end_of_turn, end_tokens, training_ids
 from engine.decoding import Sampling
 from engine.model import context_length
 from engine.packed import log_probs
 from generate import generate
-from judges import leaks
 from support import ranks, sandbox
 from support.cli import InputError
-from support.files import add_rows, resume_jsonl
+from support.files import RowFile, append_jsonl, digest
 
 
-def encode_prompts(model, tokenizer, prompts: dict[str, str]) -> list[list[int]]:
-    """Token ids of every prompt (id -> user turn); a prompt that fills the model's context is named by its id."""
-    encoded = [chat_ids(tokenizer, text) for text in prompts.values()]
-    longest = context_length(model)
-    for name, ids in zip(prompts, encoded, strict=True):
+@dataclass(frozen=True)
+class Limits:
+    """Where a response ends, at the latest."""
+
+    max_new_tokens: int
+    stop: str | None = None  # a text that ends it, such as [[DONE]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response, and whether the judge accepts it as equivalent to the gold."""
+
+    text: str
+    accepted: bool
+    log_prob: float = 0.0  # log p(y | x) of a sample, in nats
+    tokens: tuple[int, ...] | None = None  # what the model generated; None where only the text is known
+
+
+SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of sample()
+JUDGE_LIMITS = Limits(max_new_tokens=8)  # of the LLM judge: room for True or False
+
+# ------------------------------------------------------------------------------ the base model
+
+
+class BaseLM:
+    """M_θ0 with a task and its judge.
+
+    The run folder keeps every response and verdict, so that none is made twice.
+    A response that the length limit cut off is not accepted, unless `keep_unfinished` asks for the paper's
+    letter.
+    """
+
+    def __init__(self, model, tokenizer, task: Task, run: Path, keep_unfinished: bool = False):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.task = task
+        self.run = run
+        self.keep_unfinished = keep_unfinished
+
+    def gold(self, x: Example) -> str:
+        return self.task.gold(x)
+
+    def predict(self, D: list[Example]) -> dict[str, Answer]:
+        """ŷ for every x, from the predict prompt (Figs. 4 and 5), greedily. id -> Answer."""
+        prompts = {x.id: prompt(self.task.predict, x) for x in D}
+        return self._ask(D, prompts, "predictions")
+
+    def paraphrase(self, D: list[Example]) -> dict[str, Answer]:
+        """ỹ for every (x, y), from the paraphrase prompt (Figs. 6 and 7), greedily.
+
+        One that leaks its prompt is rejected.
+        """
+        prompts = {x.id: prompt(self.task.paraphrase, x, self.gold(x)) for x in D}
+        answers = self._ask(D, prompts, "paraphrases")
+        for id, y in answers.items():
+            if judges.leaks(y.text):
+                answers[id] = replace(y, accepted=False)
+        return answers
+
+    def sample(self, D: list[Example], k: int, sampling: Sampling = SAMPLING) -> dict[str, list[Answer]]:
+        """k samples of every x, each with its log p(y | x) in nats.
+
+        They do not depend on --seed, so that all seeds share one file.
+        """
+        rows = [replace(x, id=f"{x.id}#{i}") for x in D for i in range(k)]
+        prompts = {x.id: prompt(self.task.predict, x) for x in rows}
+        answers = self._ask(rows, prompts, "samples", sampling)
+
+        encoded = []
+        for id, y in answers.items():
+            encoded.append(training_ids(self.tokenizer, prompts[id], y.text, y.tokens))
+        scores = log_probs(self.model, encoded)
+        scored = [replace(y, log_prob=score) for y, score in zip(answers.values(), scores, strict=True)]
+        return {x.id: scored[i * k : (i + 1) * k] for i, x in enumerate(D)}
+
+    def _ask(self, D, prompts: dict[str, str], kind: str, sampling=None) -> dict[str, Answer]:
+        limits = Limits(self.task.max_new_tokens, self.task.stop)
+        path = self.run / f"{kind}.jsonl"
+        rows = respond(self.model, self.tokenizer, prompts, path, limits, sampling)
+        pairs = [(x, rows[x.id]["response"]) for x in D]
+        judged = path.with_suffix(".judged.jsonl")
+        verdicts = judge_answers(self.model, self.tokenizer, self.task, pairs, judged)
+
+        answers = {}
+        for x in D:
+            row = rows[x.id]
+            kept = self.keep_unfinished or row.get("finished", True)
+            answers[x.id] = Answer(row["response"], bool(verdicts[x.id]) and kept, tokens=self._tokens(row))
+        return answers
+
+    def _tokens(self, row: dict) -> tuple[int, ...] | None:
+        """What is trained on. Where the stop string ended the response, the end of turn follows it."""
+        tokens = row.get("tokens")
+        if not tokens:
+            return None
+        ended = tokens[-1] in end_tokens(self.tokenizer, self.model)
+        if row["finished"] and not ended:
+            return (*tokens, end_of_turn(self.tokenizer))
+        return tuple(tokens)
+
+
+# ------------------------------------------------------------------------------ responses
+
+
+def respond(
+    model, tokenizer, prompts: dict[str, str], path: Path, limits: Limits, sampling: Sampling | None = None
+) -> dict[str, dict]:
+    """A response to every prompt (id -> user turn), kept in `path`: id -> row.
+
+    What the file holds already is not made again.
+    InputError: a row there answers another question (the line says what changed), or is no row of responses.
+    """
+    encoded = encode_prompts(model, tokenizer, prompts)
+    digests = question_digests(model, encoded, limits, sampling)
+    file = RowFile(path)
+    refuse_other_questions(file, digests)
+    ids = file.missing(prompts)
+
+    if ids:
+        tokens, started = 0, time.monotonic()
+        keyed = replace(sampling, keys=ids) if sampling else None
+        label = f"{path.parent.name}/{path.stem}"
+        for row in stream_responses(model, tokenizer, {id: encoded[id] for id in ids}, limits, label, keyed):
+            file.append(row | {"digest": digests[row["id"]]})
+            tokens += len(row["tokens"])
+        note_cost(path, len(ids), tokens, time.monotonic() - started)
+    return file.finish(prompts)
+
+
+def stream_responses(
+    model,
+    tokenizer,
+    encoded: dict[str, list[int]],
+    limits: Limits,
+    label: str,
+    sampling: Sampling | None = None,
+) -> Iterator[dict]:
+    """Responses to prompts (id -> token ids) as rows, in the order in which they finish."""
+    ids = list(encoded)
+    tokens, started = 0, time.monotonic()
+    with tqdm(total=len(ids), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
+        prompts = list(encoded.values())
+        made = generate(model, tokenizer, prompts, limits.max_new_tokens, limits.stop, sample=sampling)
+        for index, response in made:
+            tokens += len(response.tokens)
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
+            bar.update()
+            row = {"id": ids[index], "response": response.text}
+            yield row | {"tokens": response.tokens, "finished": response.finished}
+
+
+def encode_prompts(model, tokenizer, prompts: dict[str, str]) -> dict[str, list[int]]:
+    """Token ids `[length]` of every prompt (id -> user turn).
+
+    InputError: a prompt fills the model's context. It is named by its id.
+    """
+    longest = context_length(model.config)
+    encoded = {}
+    for id, text in prompts.items():
+        ids = chat_ids(tokenizer, text)
         if len(ids) >= longest:
-            raise InputError(f"row {name}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
+            raise InputError(
+                f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
+        encoded[id] = ids
     return encoded
 
 
-def stream_responses(model, tokenizer, prompts: dict[str, str], max_new_tokens: int, stop: str | None, label: str,
-                     sampling=None):
-    """Responses to `prompts` (id -> user turn) as rows {id, response, finished}, in the order in which they finish."""
-    names = list(prompts)
-    encoded = encode_prompts(model, tokenizer, prompts)
-    tokens, start = 0, time.monotonic()
-    with tqdm(total=len(names), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
-        for index, response in generate(model, tokenizer, encoded, max_new_tokens, stop, sample=sampling):
-            tokens += len(response.tokens)
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s", refresh=False)
-            bar.update()
-            yield {"id": names[index], "response": response.text, "finished": response.finished}
+def note_cost(path: Path, calls: int, tokens: int, seconds: float) -> None:
+    """Add to costs.jsonl, beside `path`, what this process made for it.
 
-
-def respond(model, tokenizer, prompts: dict[str, str], path: Path, max_new_tokens: int, stop: str | None = None,
-            sampling=None) -> dict[str, dict]:
-    """Responses kept in `path`, id -> row. What the file holds already, from an earlier run or another engine, is used."""
-
-    def make(names):
-        part, label = {name: prompts[name] for name in names}, f"{path.parent.name}/{path.stem}"
-        keyed = sampling and replace(sampling, keys=names)
-        return stream_responses(model, tokenizer, part, max_new_tokens, stop, label, keyed)
-
-    rows = read_responses(path)
-    there = {row["id"] for row in rows}
-    todo = [name for name in prompts if name not in there]
-    rows = add_rows(path, rows, todo, make, lambda rows: sorted_like(rows, prompts))
-    by_id = {row["id"]: row for row in rows}
-    return {name: by_id[name] for name in prompts}
-
-
-def sorted_like(rows: list[dict], first) -> list[dict]:
-    """Rows by id, the last of each: those of `first` in its order, then the others, which this call was not asked about."""
-    by_id = {row["id"]: row for row in rows}
-    return [by_id[name] for name in (*first, *(name for name in by_id if name not in first))]
-
-
-def read_responses(path: Path) -> list[dict]:
-    rows, seen = resume_jsonl(path), set()
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("id"), str) or not isinstance(row.get("response"), str):
-            raise InputError(f"{path}, row {number}: needs the text fields 'id' and 'response'")
-        if row["id"] in seen:
-            raise InputError(f"{path}, row {number}: the id {row['id']!r} comes twice")
-        seen.add(row["id"])
-    return rows
-
-
-def judge_answers(model, tokenizer, task: Task, rows: list[tuple[Example, str]], path: Path) -> dict[str, bool | None]:
-    """The judge's verdict on every (example, response), id -> accepted; None: a verdict that could not be read.
-
-    Kept in `path` with a digest of the response, so that a response that was replaced is judged anew.
+    What D' costs is the paper's first limitation.
     """
-    digests = {x.id: hashlib.sha256(response.encode("utf-8", "surrogatepass")).hexdigest()[:16] for x, response in rows}
+    row = {"stage": path.stem, "calls": calls, "tokens": tokens, "seconds": round(seconds, 2)}
+    append_jsonl(path.parent / "costs.jsonl", row)
 
-    def make(part):
-        bar = tqdm(part, desc=f"{path.parent.name}/{path.stem}", unit="row")
-        for (x, _), accepted in zip(bar, judges.judge_all(task.judge, part, ask_base_model(model, tokenizer)), strict=True):
-            yield {"id": x.id, "accepted": accepted, "digest": digests[x.id]}
 
-    verdicts = resume_jsonl(path)
-    there = {row["id"] for row in verdicts if row["digest"] == digests.get(row["id"])}
-    todo = [(x, response) for x, response in rows if x.id not in there]
-    verdicts = add_rows(path, verdicts, todo, make, lambda verdicts: sorted_like(verdicts, digests))
-    by_id = {row["id"]: row["accepted"] for row in verdicts}
-    return {x.id: by_id[x.id] for x, _ in rows}
+# ------------------------------------------------------------------------------ what a kept row answers
+
+PARTS_OF_A_QUESTION = ("prompt", "limits or sampling", "model")  # in the order of a digest
+
+
+def question_digests(
+    model, encoded: dict[str, list[int]], limits: Limits, sampling: Sampling | None
+) -> dict[str, str]:
+    """id -> what makes the response, as three digests.
+
+    They are of the prompt's tokens, of limits and sampling, and of the model.
+    """
+    drawn = [sampling.temperature, sampling.top_p, sampling.seed] if sampling else None
+    how = digest(limits.max_new_tokens, limits.stop, drawn)[:8]
+    who = fingerprint(model)[:8]
+    return {id: f"{digest(ids)[:8]}-{how}-{who}" for id, ids in encoded.items()}
+
+
+def refuse_other_questions(file: RowFile, digests: dict[str, str]) -> None:
+    """InputError: a row is no response, or answers another question.
+
+    Rows without a digest were made elsewhere.
+    """
+    made_elsewhere, changed = 0, Counter()
+    for number, (id, row) in enumerate(file.rows.items(), 1):
+        if not isinstance(id, str) or not isinstance(row.get("response"), str):
+            raise InputError(f"{file.path}, row {number}: needs the text fields 'id' and 'response'")
+        if id not in digests:
+            continue  # a row that this call was not asked about
+        if "digest" not in row:
+            made_elsewhere += 1
+        elif row["digest"] != digests[id]:
+            changed[what_changed(str(row["digest"]), digests[id])] += 1
+
+    if changed:
+        what, n = changed.most_common(1)[0]
+        raise InputError(f"{file.path}: {n} of its rows answer {what} than this run asks about: take another "
+                         "--out, or remove the file to make them anew")
+    if made_elsewhere:
+        note(f"{file.path}: {made_elsewhere} rows were made elsewhere (they carry no digest) and are taken "
+             "as they are")
+
+
+def what_changed(before: str, now: str) -> str:
+    """The parts in which two digests of question_digests differ, in words."""
+    found = []
+    for part, old, new in zip(PARTS_OF_A_QUESTION, before.split("-"), now.split("-"), strict=False):
+        if old != new:
+            found.append(f"another {part}")
+    return " and ".join(found) or "another question"
+
+
+def note(line: str) -> None:
+    """Say something about the run's files, once and not by every process."""
+    if ranks.RANK == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def fingerprint(model) -> str:
+    """A digest of the weights that a forward pass uses.
+
+    It is of 64 values of every tensor, and of the adapter's where it is on.
+    A folder's name says nothing: it may be moved, or hold other weights tomorrow.
+    """
+    unused = set()
+    for layer in lora.layers(model).values():
+        if not layer.enabled:
+            unused |= {id(layer.lora_A), id(layer.lora_B)}
+    values = []
+    for parameter in model.parameters():
+        if id(parameter) not in unused:
+            flat = parameter.detach().flatten()
+            values.append(flat[:: max(1, flat.numel() // 64)][:64].float())
+    return hashlib.sha256(torch.cat(values).cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------ verdicts
+
+
+def judge_answers(
+    model, tokenizer, task: Task, pairs: list[tuple[Example, str]], path: Path
+) -> dict[str, bool | None]:
+    """The judge's verdict on every (example, response): id -> accepted.
+
+    None stands for a verdict that could not be read.
+    Kept in `path` with a digest of response, gold, tests and judge. A verdict on anything else is made anew.
+    """
+    judge = judge_digest(model, task.judge)
+    digests = {}
+    for x, response in pairs:
+        gold = [x.question, x.answer, list(x.aliases), x.unanswerable, list(x.tests), x.setup]
+        digests[x.id] = digest(response, gold, judge)
+
+    file = RowFile(path)
+    stale = [id for id, row in file.rows.items() if id in digests and row.get("digest") != digests[id]]
+    for id in stale:
+        del file.rows[id]
+    if stale:
+        note(f"{path}: {len(stale)} verdicts were on other responses, golds or tests, or by another judge: "
+             "they are made anew")
+    ids = set(file.missing(digests))
+    todo = [(x, response) for x, response in pairs if x.id in ids]
+
+    if todo:
+        started = time.monotonic()
+        bar = tqdm(todo, desc=f"{path.parent.name}/{path.stem}", unit="row")
+        verdicts = judges.judge_all(task.judge, todo, ask_base_model(model, tokenizer))
+        for (x, _), accepted in zip(bar, verdicts, strict=True):
+            file.append({"id": x.id, "accepted": accepted, "digest": digests[x.id]})
+        note_cost(path, len(todo), 0, time.monotonic() - started)
+    return {id: row["accepted"] for id, row in file.finish(digests).items()}
+
+
+def judge_digest(model, name: str) -> str:
+    """What a judge is: its prompt and the base model, or the source of the module that its function is in."""
+    if name == "llm":
+        with lora.disabled(model):
+            return digest(judges.LLM_JUDGE, fingerprint(model))
+    module = inspect.getmodule(judges.JUDGES[name])
+    return digest(name, inspect.getsource(module))
 
 
 def ask_base_model(model, tokenizer):
-    """What the LLM judge asks: the base model, also inside a trained one (the paper's NQ judge is the base model)."""
+    """What the LLM judge asks: the base model, also inside a trained one (A.5)."""
 
     def ask(prompts: list[str]) -> list[str]:
-        encoded = encode_prompts(model, tokenizer, {f"{i} of the LLM judge": text for i, text in enumerate(prompts, 1)})
+        named = {f"{i} of the LLM judge": text for i, text in enumerate(prompts, 1)}
+        encoded = list(encode_prompts(model, tokenizer, named).values())
         with lora.disabled(model):
-            replies = dict(generate(model, tokenizer, encoded, max_new_tokens=8))
+            replies = dict(generate(model, tokenizer, encoded, JUDGE_LIMITS.max_new_tokens))
         return [replies[i].text for i in range(len(prompts))]
 
     return ask
 
 
+def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
+    """Accuracy of a model in training, by the task's judge. Nothing is kept."""
+    mine = ranks.share(examples)
+    encoded = encode_prompts(model, tokenizer, {x.id: prompt(task.train, x) for x in mine})
+    limits = Limits(task.max_new_tokens, task.stop)
+    responses = {}
+    for row in stream_responses(model, tokenizer, encoded, limits, "validation"):
+        responses[row["id"]] = row["response"]
+    pairs = [(x, responses[x.id]) for x in mine]
+    verdicts = judges.judge_all(task.judge, pairs, ask_base_model(model, tokenizer))
+    (correct,) = ranks.totals(sum(verdict is True for verdict in verdicts))
+    return correct / len(examples)
+
+
 def announce_sandbox(task: Task, mode: str) -> None:
-    """Where programs will be run: say which layers of isolation are in force. "strict" refuses to go below all of them."""
+    """Where programs will be run: say which layers of isolation are in force. "strict" refuses to go below
+    all of them.
+    """
     if task.judge != "code":
         return
     print(sandbox.describe(), file=sys.stderr, flush=True)
@@ -128,62 +377,3 @@ def announce_sandbox(task: Task, mode: str) -> None:
             sandbox.require_all()
         except RuntimeError as error:
             raise InputError(str(error)) from None
-
-
-def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
-    """Accuracy of a model in training, by the task's judge; nothing is kept."""
-    mine = ranks.share(examples)
-    prompts = {x.id: prompt(task.train, x) for x in mine}
-    rows = stream_responses(model, tokenizer, prompts, task.max_new_tokens, task.stop, "validation")
-    responses = {row["id"]: row["response"] for row in rows}
-    pairs = [(x, responses[x.id]) for x in mine]
-    correct, = ranks.totals(sum(map(bool, judges.judge_all(task.judge, pairs, ask_base_model(model, tokenizer)))))
-    return correct / len(examples)
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A response and whether the judge accepts it as equivalent to the gold."""
-
-    text: str
-    accepted: bool
-    log_prob: float = 0.0
-
-
-SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of rft
-
-
-class BaseLM:
-    """M_θ0 with a task and its judge. Every response and verdict is kept in the run folder, and never made twice."""
-
-    def __init__(self, model, tokenizer, task: Task, run: Path):
-        self.model, self.tokenizer, self.task, self.run = model, tokenizer, task, run
-
-    def gold(self, x: Example) -> str:
-        return self.task.gold(x)
-
-    def predict(self, D: list[Example]) -> dict[str, Answer]:
-        """ŷ for every x, from the predict prompt (Figs. 4 and 5), greedily."""
-        return self._ask(D, {x.id: prompt(self.task.predict, x) for x in D}, "predictions")
-
-    def paraphrase(self, D: list[Example]) -> dict[str, Answer]:
-        """ỹ for every (x, y), from the paraphrase prompt (Figs. 6 and 7), greedily."""
-        shown = {x.id: prompt(self.task.paraphrase, x, self.gold(x)) for x in D}
-        found = self._ask(D, shown, "paraphrases")
-        return {id: Answer(y.text, y.accepted and not leaks(y.text)) for id, y in found.items()}
-
-    def sample(self, D: list[Example], k: int, sampling: Sampling = SAMPLING) -> dict[str, list[Answer]]:
-        """k samples for every x, with the model's own log p(y | x). Not of --seed: the runs of all seeds share them."""
-        rows = [dataclasses.replace(x, id=f"{x.id}#{i}") for x in D for i in range(k)]
-        users = {x.id: prompt(self.task.predict, x) for x in rows}
-        found = self._ask(rows, users, "samples", sampling)
-        scores = log_probs(self.model, [training_ids(self.tokenizer, users[x.id], found[x.id].text) for x in rows])
-        scored = [dataclasses.replace(found[x.id], log_prob=score) for x, score in zip(rows, scores, strict=True)]
-        return {x.id: scored[i * k : (i + 1) * k] for i, x in enumerate(D)}
-
-    def _ask(self, D, users: dict[str, str], kind: str, sampling=None) -> dict[str, Answer]:
-        path, task = self.run / f"{kind}.jsonl", self.task
-        rows = respond(self.model, self.tokenizer, users, path, task.max_new_tokens, task.stop, sampling)
-        pairs = [(x, rows[x.id]["response"]) for x in D]
-        accepted = judge_answers(self.model, self.tokenizer, task, pairs, self.run / f"{kind}.judged.jsonl")
-        return {x.id: Answer(response, bool(accepted[x.id])) for x, response in pairs}

@@ -24,6 +24,7 @@ import hashlib
 import json
 import random
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -32,18 +33,20 @@ from torch.nn import functional as F
 
 import judges
 import lora
-from answers import announce_sandbox, judge_answers, read_responses, respond
+from answers import Limits, announce_sandbox, judge_answers, respond
 from data import EXAMPLES, Example, Task, prompt
 from engine.chat import training_ids
 from engine.model import load_model, peak_memory_gib, usable_device
 from engine.packed import log_probs, split_by_tokens, target_logits
 from results.audit import audit
+from results.config import read_comparison
+from results.reading_scores import reading_scores
 from results.report import write_benchmark_report, write_report
 from support import ranks
 from support.cli import InputError, exit_cleanly, one_line_error, positive_int
-from support.files import digests, locked, read_json, read_jsonl, resume_jsonl, write_json
+from support.files import locked, read_json, read_jsonl, resume_jsonl, write_json
 from support.stats import mcnemar, wilson
-from tasks import benchmarks, task_of
+from tasks import benchmarks, gsm8k, task_of
 
 GENERAL_TOKENS = 32  # of a response to a general prompt, at most
 
@@ -161,7 +164,7 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], folder: Pa
     """One model's row of the report, its answers kept in `folder`; `trained` is its training.json, None for the base model."""
     template = task.train if trained else task.predict
     prompts = {x.id: prompt(template, x) for x in test}
-    rows = respond(model, tokenizer, prompts, folder / "test.jsonl", task.max_new_tokens, task.stop)
+    rows = respond(model, tokenizer, prompts, folder / "test.jsonl", Limits(task.max_new_tokens, task.stop))
     pairs = [(x, rows[x.id]["response"]) for x in test]
     verdicts = judge_answers(model, tokenizer, task, pairs, folder / "test.judged.jsonl")
     correct = sum(map(bool, verdicts.values()))
@@ -171,10 +174,10 @@ def evaluate_model(model, tokenizer, task: Task, test: list[Example], folder: Pa
         "unreadable_verdicts": sum(verdict is None for verdict in verdicts.values()),
     }
     if any(x.context for x in test):
-        result["reading"] = judges.reading_scores(pairs)
+        result["reading"] = reading_scores(pairs)
     general = {row["id"]: row["prompt"] for row in read_jsonl(EXAMPLES / "general.jsonl", ("id", "prompt"))}
     if not trained:
-        respond(model, tokenizer, general, base / "general.jsonl", GENERAL_TOKENS)
+        respond(model, tokenizer, general, base / "general.jsonl", Limits(GENERAL_TOKENS))
         return result
     dialogues = {"general": base_dialogues(base / "general.jsonl", general),
                  "task": base_dialogues(base / "test.jsonl", {x.id: prompt(task.predict, x) for x in test[:24]})}
@@ -193,9 +196,9 @@ def kept_drift(model, tokenizer, dialogues: dict[str, list], path: Path) -> dict
 
 def harness_accuracy(path: Path, test: list[Example]) -> dict:
     """GSM8K as lm-evaluation-harness reads it, to be set beside published numbers; the paper's rule is `numeric`."""
-    responses = {row["id"]: row["response"] for row in read_responses(path)}
-    filters = {"strict": benchmarks.gsm8k_strict, "flexible": benchmarks.gsm8k_flexible}
-    return {name: sum(benchmarks.gsm8k_match(read(responses[x.id]), x.answer) for x in test) / len(test)
+    responses = {row["id"]: row["response"] for row in read_jsonl(path)}
+    filters = {"strict": gsm8k.gsm8k_strict, "flexible": gsm8k.gsm8k_flexible}
+    return {name: sum(gsm8k.gsm8k_match(read(responses[x.id]), x.answer) for x in test) / len(test)
             for name, read in filters.items()}
 
 
@@ -229,13 +232,7 @@ def compare(models: dict, folders: dict[str, Path], test: list[Example]) -> None
 
 
 def read_config(run: Path) -> dict:
-    if not (run / "config.json").exists():
-        raise InputError(f"--out {run}: no config.json there; run s3ft.py with this --out first")
-    config = read_json(run / "config.json")
-    if config["files"] and config.get("contents") != digests(config["files"]):
-        raise InputError(f"--out {run}: {', '.join(config['files'])}: not the rows that the run was begun with; put those "
-                         "back, or train anew with another --out")
-    return config
+    return asdict(read_comparison(run))
 
 
 def machine(model) -> dict:
@@ -247,8 +244,8 @@ def machine(model) -> dict:
 
 def score_benchmarks(model, tokenizer, folder: Path, args) -> tuple[dict, list[dict]]:
     """(scores on args.benchmarks (Table 4), each document's), the latter kept in `folder`/samples.jsonl too."""
-    return benchmarks.score(model, tokenizer, args.benchmarks, args.data, folder, args.limit, args.num_fewshot,
-                            args.apply_chat_template, args.add_bos, args.sampled)
+    scoring = benchmarks.Scoring(args.num_fewshot, args.apply_chat_template, args.add_bos, args.limit, args.sampled)
+    return benchmarks.score(model, tokenizer, args.benchmarks, args.data, folder, scoring)
 
 
 def benchmark_run(model, tokenizer, run: Path, name: str, base_samples: list[dict] | None, args) -> tuple[dict, list[dict]]:

@@ -1,38 +1,40 @@
-"""Prompts -> greedy responses, fast: the one engine behind prediction, paraphrase, the LLM judge and evaluation.
+"""Prompts -> greedy responses, fast: one engine for predictions, paraphrases, the LLM judge and evaluation.
 
-Covered: any Hugging Face causal model whose attention keeps plain keys and values (Llama, Mistral, Qwen2/3, Gemma, Phi,
-...), on CPU and GPU, with LoRA layers or without. In float32 the tokens are those of transformers' own greedy `generate`;
-in bfloat16 a near-tie can fall the other way when the batch changes, there as here. Of the model's generation_config only
-the end-of-turn tokens count. Not covered, and handed to transformers' `generate` with a warning: sliding windows shorter
-than the longest row, state-space models, ALiBi, attention that takes no mask (flash, flex).
+Covered: any Hugging Face causal model whose attention keeps plain keys and values (Llama, Mistral, Qwen2/3,
+Gemma, Phi, ...), on CPU and GPU, with LoRA layers or without. In float32 the tokens are those of
+transformers' own greedy `generate`. In bfloat16 a near-tie can fall the other way when the batch changes,
+there as here. Of the model's generation_config only the end-of-turn tokens count. Not covered, and handed
+to transformers' `generate` with a warning: sliding windows shorter than the longest row, state-space
+models, ALiBi, attention that takes no mask.
 
 Why it is fast, in plain PyTorch:
 
-1. Every layer has one preallocated buffer of keys and values. New ones are written in place; nothing is concatenated.
-2. A row that ends gives its slot to the next prompt. Live rows stay contiguous (the last one moves into the hole), so
-   what attention reads is always a slice, cut to the longest live row.
-3. What prompts share is computed once: the prefix common to all of them, then the longer one of a family (a passage that
-   is asked about five times, a prompt that is sampled ten times).
-4. There is no padding. Rows that are read together all forward their last `width` tokens: where a row has fewer new ones,
-   it computes a few of the shared ones again.
+1. Every layer has one preallocated buffer of keys and values. New ones are written in place, nothing is
+   concatenated.
+2. A row that ends gives its slot to the next prompt. Running rows stay contiguous (the last one moves into
+   the free slot), so what attention reads is always a slice, cut to the longest running row.
+3. What prompts share is computed once: the prefix common to all of them, then the longer one of a group (a
+   passage that is asked about five times, a prompt that is sampled ten times).
+4. There is no padding. The rows of one prefill are all as wide as the one with the most new tokens. A row
+   with fewer begins earlier, and computes some of its shared tokens again.
 5. The number of slots follows from a memory budget. Running out of memory halves it and loses no row.
 """
 
-import os
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from engine.decoding import Ending, Response, Row, Sampling, _choose
-from engine.fallback import _fallback
-from engine.slots import SlotCache, _probe, _slots
+from engine.decoding import Ending, Response, Row, Sampling, choose_tokens
+from engine.fallback import generate_padded
+from engine.model import context_length
+from engine.prefixes import group_by_prefix, shared_prefix
+from engine.slots import SlotCache, forward_in_slots, one_token_cache, slots_in_memory, why_no_slots
 from support.cli import InputError
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}  # the most that one forward reads: bounds its activations
 REFILL_TOKENS = 512  # reading this many uses the machine well, so it need not wait for more free slots
-FAMILY_TOKENS = 32  # a family has a forward of its own if that saves at least this many tokens
 
 
 def generate(
@@ -47,152 +49,193 @@ def generate(
 ) -> Iterator[tuple[int, Response]]:
     """Yield (index of the prompt, response) for every prompt of token ids, each as soon as it is finished.
 
-    A response ends with any end-of-turn token, after the string `stop`, at `max_new_tokens`, or where the model's context
-    is full (the last two: finished=False). `memory_gib` bounds the keys and values (default: 80 % of what is free on a
-    GPU, 2 GiB on the CPU). The model is in eval mode until the iterator is exhausted or closed.
-    ValueError: max_new_tokens < 1, an empty prompt, a prompt that fills the context (named by its index).
+    A response ends with any end-of-turn token, after the string `stop`, at `max_new_tokens`, or where the
+    model's context is full (the last two: finished=False). `memory_gib` bounds the keys and values
+    (default: 80 % of what is free on a GPU, 2 GiB on the CPU). The model is in eval mode until the iterator
+    is exhausted or closed. ValueError: max_new_tokens < 1, an empty prompt, a prompt that fills the context
+    (named by its index).
     """
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**31
+    context = context_length(model.config)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    rows = []
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {index} has {len(prompt)} tokens; the model takes 1 to {context - 1}")
-    rows = [Row(i, list(p), len(p), min(len(p) + max_new_tokens, context)) for i, p in enumerate(prompts)]
-    return _generate(model, rows, Ending(model, tokenizer, stop), memory_gib, sample)
+        limit = min(len(prompt) + max_new_tokens, context)
+        rows.append(Row(index, list(prompt), start=len(prompt), limit=limit))
+    return generate_rows(model, rows, Ending(model, tokenizer, stop), memory_gib, sample)
 
 
 @torch.no_grad()
-def _generate(model, rows, ending, memory_gib, sample) -> Iterator[tuple[int, Response]]:
-    training = model.training
+def generate_rows(
+    model, rows: list[Row], ending: Ending, memory_gib: float | None = None, sample: Sampling | None = None
+) -> Iterator[tuple[int, Response]]:
+    """Generate in slots where they cover the model, else with transformers' generate."""
+    if not rows:
+        return
+    was_training = model.training
     model.eval()
     try:
-        probe, reason = _probe(model, rows) if rows else (None, "")
+        reason = why_no_slots(model, longest=max(row.limit for row in rows))
         if reason:
-            warnings.warn(f"{type(model).__name__} has {reason}: falling back to transformers' generate", stacklevel=2)
-            yield from _fallback(model, rows, ending, sample)
-        elif rows:
-            yield from _with_slots(model, probe, rows, ending, memory_gib, sample)
-    finally:
-        model.train(training)
-
-
-def _with_slots(model, probe, rows, ending, memory_gib, sample) -> Iterator[tuple[int, Response]]:
-    """Decode with as many slots as the budget holds. Out of memory: half as many, and the rows in flight queue again."""
-    common = os.path.commonprefix([row.tokens for row in rows])[: min(row.start for row in rows) - 1]
-    queue, live = deque(_families(rows, len(common))), []
-    max_length = max(row.limit for row in rows)
-    slots = min(len(rows), _slots(probe, max_length, memory_gib))
-    while queue or live:
-        try:
-            cache = SlotCache(probe, slots, max_length)
-            yield from _decode(model, cache, queue, live, common, ending, sample)
-        except torch.OutOfMemoryError:
-            if slots == 1:
-                raise InputError(f"out of memory with one row of {max_length} tokens: take a lower --max-new-tokens, leave out "
-                                 "the longest rows, or take a smaller model") from None
-        if queue or live:
-            queue.extendleft(reversed(live))
-            live.clear()
-            cache, slots = None, slots // 2
-            torch.cuda.empty_cache()
-            warnings.warn(f"out of memory: going on with {slots} rows at a time", stacklevel=2)
-
-
-def _families(rows: list[Row], common: int) -> list[Row]:
-    """Find rows that share more than the `common` prefix; return all rows, longest first, families together."""
-    families: list[list[Row]] = []
-    shared: list[int] = []
-    for row in sorted(rows, key=lambda row: row.tokens):  # in this order relatives are neighbours
-        if families:
-            size, old = len(families[-1]), shared[-1]
-            new = min(old, len(os.path.commonprefix([families[-1][-1].tokens, row.tokens])), row.start - 1)
-            if size * (new - common) >= (size - 1) * (old - common) + FAMILY_TOKENS:  # joining saves tokens
-                families[-1].append(row)
-                shared[-1] = new
-                continue
-        families.append([row])
-        shared.append(row.start - 1)
-    for number, family in enumerate(families):
-        for row in family:
-            row.family, row.shared = (number, shared[number]) if len(family) > 1 else (-1, common)
-    return [row for family in sorted(families, key=lambda f: -max(row.start for row in f)) for row in family]
-
-
-def _decode(model, cache, queue, live, common, ending, sample) -> Iterator[tuple[int, Response]]:
-    """Read new rows in where slots are free, else generate one token for every live row; hand out what has ended.
-
-    `live[i]` sits in slot i. `queue` and `live` are the caller's, who finds every unfinished row there after an error.
-    """
-    if common:
-        _forward(model, cache, cache.slots, [common], len(common))
-    while queue or live:
-        first, group = len(live), _admit(queue, len(live), cache.slots, PREFILL_TOKENS.get(model.device.type, 1024))
-        if group:
-            live += group
-            logits = _prefill(model, cache, live, first, len(common))
+            message = f"{type(model).__name__} has {reason}: falling back to transformers' generate"
+            warnings.warn(message, stacklevel=2)
+            yield from generate_padded(model, rows, ending, sample)
         else:
-            first, logits = 0, _forward(model, cache, 0, [row.tokens for row in live], 1)
-        for row, token in zip(live[first:], _choose(logits, live[first:], sample), strict=True):
+            yield from SlotDecoder(model, rows, ending, memory_gib, sample).run()
+    finally:
+        model.train(was_training)
+
+
+class SlotDecoder:
+    """Rows are `waiting` for a slot, or `running`: `running[i]` sits in slot i of the cache."""
+
+    def __init__(self, model, rows: list[Row], ending: Ending, memory_gib: float | None, sample: Sampling | None):
+        self.model = model
+        self.ending = ending
+        self.sample = sample
+        self.prefill_tokens = PREFILL_TOKENS.get(model.device.type, 1024)
+
+        self.common_prefix = shared_prefix(rows)
+        self.waiting: deque[Row] = deque()
+        self.running: list[Row] = []
+        self.group_of = {}  # index of a row -> its PrefixGroup
+        for group in group_by_prefix(rows, common=len(self.common_prefix)):
+            self.waiting.extend(group.rows)
+            for row in group.rows:
+                self.group_of[row.index] = group
+
+        self.one_token = one_token_cache(model)
+        self.max_length = max(row.limit for row in rows)
+        self.slots = min(len(rows), slots_in_memory(self.one_token, self.max_length, memory_gib))
+
+    def run(self) -> Iterator[tuple[int, Response]]:
+        """Decode all rows. Out of memory: half as many slots from there on, and the running rows wait again."""
+        while self.waiting or self.running:
+            try:
+                yield from self.run_with_one_cache()
+            except torch.OutOfMemoryError:
+                if self.slots == 1:
+                    raise InputError(
+                        f"out of memory with one row of {self.max_length} tokens: take a lower "
+                        "--max-new-tokens, leave out the longest rows, or take a smaller model"
+                    ) from None
+
+            # Here and not in the `except`, where the traceback keeps all tensors alive.
+            if self.waiting or self.running:
+                self.waiting.extendleft(reversed(self.running))
+                self.running.clear()
+                self.cache = None
+                self.slots //= 2
+                torch.cuda.empty_cache()
+                warnings.warn(f"out of memory: going on with {self.slots} rows at a time", stacklevel=2)
+
+    def run_with_one_cache(self) -> Iterator[tuple[int, Response]]:
+        """Whatever interrupts it, every unfinished row is waiting or running, and has all its tokens."""
+        self.cache = SlotCache(self.one_token, self.slots, self.max_length)
+        if self.common_prefix:
+            self.forward(self.cache.common_slot, [self.common_prefix], width=len(self.common_prefix))
+        while self.waiting or self.running:
+            yield from self.step()
+
+    def step(self) -> Iterator[tuple[int, Response]]:
+        """Read new rows in where slots are free, else generate one more token of every running row."""
+        new_rows = self.admit()
+        if new_rows:
+            self.running.extend(new_rows)
+            rows = new_rows
+            logits = self.prefill(new_rows)
+        else:
+            rows = self.running
+            logits = self.decode()
+
+        for row, token in zip(rows, choose_tokens(logits, rows, self.sample), strict=True):
             row.tokens.append(token)
-        slots = list(range(len(live)))
-        for slot in reversed(range(first, len(live))):  # backwards: the row that moves has been looked at already
-            if response := ending(live[slot]):
-                yield live[slot].index, response
-                live[slot], slots[slot] = live[-1], slots[-1]
-                live.pop(), slots.pop()
-        moves = [(source, target) for target, source in enumerate(slots) if source != target]
-        if moves:
-            cache.copy(*zip(*moves, strict=True), max(len(row.tokens) for row in live))
+        yield from self.finish(rows)
 
+    def admit(self) -> list[Row]:
+        """Take rows off `waiting` that are to be read now: as many as the free slots and one forward hold."""
+        free = self.slots - len(self.running)
+        count = width = prefix_tokens = 0
+        groups = set()
+        for row in self.waiting:
+            group = self.group_of[row.index]
+            wider = max(width, len(row.tokens) - group.shared)
+            more_prefix_tokens = prefix_tokens
+            if group not in groups and len(group.rows) > 1:
+                more_prefix_tokens += group.shared
+            fits = (count + 1) * wider + more_prefix_tokens <= self.prefill_tokens
+            if count == free or (count > 0 and not fits):
+                break
+            count += 1
+            width = wider
+            prefix_tokens = more_prefix_tokens
+            groups.add(group)
 
-def _admit(queue: deque[Row], live: int, slots: int, most: int) -> list[Row]:
-    """Take the rows to read now off the queue: about `most` tokens; none where they are too few for a forward."""
-    count = width = prefixes = 0
-    families = {-1}
-    for row in queue:
-        wider = max(width, len(row.tokens) - row.shared)
-        longer = prefixes + (0 if row.family in families else row.shared)
-        if count == slots - live or (count and (count + 1) * wider + longer > most):
-            break
-        count, width, prefixes = count + 1, wider, longer
-        families.add(row.family)
-    enough = not live or count == len(queue) or 4 * count >= slots or count * width + prefixes >= REFILL_TOKENS
-    return [queue.popleft() for _ in range(count)] if enough else []
+        # A forward over a few tokens wastes the machine: rather decode on, until more slots are free.
+        nothing_to_decode = not self.running
+        last_rows = count == len(self.waiting)
+        fills_a_quarter_of_the_slots = count >= self.slots / 4
+        fills_a_forward = count * width + prefix_tokens >= REFILL_TOKENS
+        if not (nothing_to_decode or last_rows or fills_a_quarter_of_the_slots or fills_a_forward):
+            return []
+        return [self.waiting.popleft() for _ in range(count)]
 
+    def prefill(self, new_rows: list[Row]) -> torch.Tensor:
+        """Read the new rows, the last of `running`, into their slots: logits `[rows, vocabulary]` at their ends."""
+        first_new = len(self.running) - len(new_rows)
+        common = len(self.common_prefix)
+        slot_with_prefix = {}
+        for slot, row in enumerate(self.running[:first_new]):
+            slot_with_prefix[self.group_of[row.index]] = slot
 
-def _prefill(model, cache: SlotCache, live: list[Row], first: int, common: int) -> torch.Tensor:
-    """Read the rows live[first:] into their slots; logits `[rows, vocabulary]` after their last tokens.
+        # 1. The prefix of a group that has no slot yet is computed once, here, in the first of the new slots.
+        first_of_group = []
+        for row in new_rows:
+            group = self.group_of[row.index]
+            if len(group.rows) == 1:
+                slot_with_prefix[group] = self.cache.common_slot
+            elif group not in slot_with_prefix:
+                slot_with_prefix[group] = first_new + len(first_of_group)
+                first_of_group.append(row.tokens[: group.shared])
+        if first_of_group:
+            targets = range(first_new, first_new + len(first_of_group))
+            self.cache.copy([self.cache.common_slot] * len(targets), targets, length=common)
+            self.forward(first_new, first_of_group, width=max(map(len, first_of_group)) - common)
 
-    What a row shares with its family is copied: from a relative's slot where one is live, else it is computed here once.
-    """
-    group = live[first:]
-    holders = {-1: cache.slots} | {row.family: slot for slot, row in enumerate(live[:first]) if row.family >= 0}
-    founders = list({row.family: row for row in group if row.family not in holders}.values())
-    if founders:
-        cache.copy([cache.slots] * len(founders), range(first, first + len(founders)), common)
-        prefixes = [row.tokens[: row.shared] for row in founders]
-        _forward(model, cache, first, prefixes, max(map(len, prefixes)) - common)
-        holders |= {row.family: first + i for i, row in enumerate(founders)}
-    sources = [holders[row.family] for row in group]
-    cache.copy(sources, range(first, len(live)), max(row.shared for row in group))
-    return _forward(model, cache, first, [r.tokens for r in group], max(len(r.tokens) - r.shared for r in group))
+        # 2. Every row gets a copy of the prefix that it shares, and computes what comes after.
+        groups = [self.group_of[row.index] for row in new_rows]
+        sources = [slot_with_prefix[group] for group in groups]
+        targets = range(first_new, len(self.running))
+        self.cache.copy(sources, targets, length=max(group.shared for group in groups))
+        own_tokens = [len(row.tokens) - group.shared for row, group in zip(new_rows, groups, strict=True)]
+        return self.forward(first_new, [row.tokens for row in new_rows], width=max(own_tokens))
 
+    def decode(self) -> torch.Tensor:
+        """One more token of every running row: logits `[rows, vocabulary]`."""
+        return self.forward(0, [row.tokens for row in self.running], width=1)
 
-def _forward(model, cache: SlotCache, first: int, sequences: list[list[int]], width: int) -> torch.Tensor:
-    """Forward the last `width` tokens of the sequences, one a slot from `first` on; logits `[rows, vocabulary]` at the end.
+    def forward(self, first_slot: int, sequences: list[list[int]], width: int) -> torch.Tensor:
+        """The last `width` tokens of the sequences, one a slot: logits `[rows, vocabulary]` at their ends."""
+        return forward_in_slots(self.model, self.cache, first_slot=first_slot, sequences=sequences, width=width)
 
-    What comes before them is in the cache. A sequence shorter than `width` repeats its first token, in place.
-    """
-    spans = [[max(i, 0) for i in range(len(sequence) - width, len(sequence))] for sequence in sequences]
-    tokens = [[sequence[i] for i in span] for sequence, span in zip(sequences, spans, strict=True)]
-    positions = torch.tensor(spans, device=model.device)
-    output = model(
-        input_ids=torch.tensor(tokens, device=model.device),
-        position_ids=positions,
-        attention_mask=cache.aim(first, positions, max(map(len, sequences))),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1]
+    def finish(self, rows: list[Row]) -> Iterator[tuple[int, Response]]:
+        """Hand out which of these rows have ended. The last running rows move into their slots."""
+        ended = {}
+        for row in rows:
+            response = self.ending(row)
+            if response:
+                ended[row.index] = response
+
+        remaining = len(self.running) - len(ended)
+        is_free = [row.index in ended for row in self.running]
+        free_slots = [slot for slot in range(remaining) if is_free[slot]]
+        moving = [slot for slot in range(remaining, len(self.running)) if not is_free[slot]]
+        for source, target in zip(moving, free_slots, strict=True):
+            self.running[target] = self.running[source]
+        del self.running[remaining:]
+
+        yield from ended.items()  # before the copy, which can run out of memory
+        if moving:
+            self.cache.copy(moving, free_slots, length=max(len(row.tokens) for row in self.running))

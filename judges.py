@@ -1,118 +1,182 @@
-r"""Judges: is a response equivalent to the gold? They are `=` in lines 5 and 9 of Algorithm 1 (paper, A.3 and A.5).
+"""Judges: is a response equivalent to the gold? They are `=` in lines 5 and 9 of Algorithm 1 (paper, A.3 and A.5).
 
-numeric, for GSM8K: the last number of the response equals the last number of the gold (A.3). What counts as a number:
+numeric, for GSM8K: the last number of the response equals the last number of the gold (A.3). What counts as a number
+    stands in support/numerals.py, with a table.
+code, for MBPP: the program in the response passes every test of its row. support/sandbox.py runs it, and says what
+    that covers.
+llm, for NQ: a language model reads the prompt of Fig. 8. True or False is read off its reply.
+recall, for short golds: every word of the gold is in the response. Where there is no answer, the response abstains.
+    This judge is ours.
 
-    written                                   read as         because
-    18   +18   18.   18!   **18**   _18_      18              marks around digits are not part of a number
-    18.00   018                               18              it is compared by value, exactly, however long
-    1,234   1,234,567.5                       1234, 1234567.5 groups of exactly three digits
-    1{,}234   1\,234   1'234   1_234   1 234  1234            so written too (the last with a thin or no-break blank),
-    1,\!234                                   1234            as MATH does it
-    1,23   3, 4   1,2345                      23, 4, 2345     any other comma ends a number
-    .5   0.5                                  0.5             but ...5 is 5, and 1.2.3 ends in 3
-    $18   £18   18 %   18kg   18 km/h         18              currency, percent and units are not read
-    \boxed{18}   \$18   \(18\)   #### 18      18              nor is markup
-    m^2   m^{2}   cm²                         nothing         an exponent is no number of its own,
-    10^6   2^{5}   1.2 x 10^3   10⁶           10, 2, 10, 10   nor is a power worked out: the base is the number
-    -18   −18   –18   -$18   (-18)   $-18     -18             a minus touches its number, or the number's currency,
-    5-18   day-18   ) -18                     18, 18, -18     and nothing that it could subtract from touches it,
-    10%-18%   5°-18°   20€-18€   $20$-$18$    18              a sign that ends a number among them;
-    - 18   10 - 18                            18              a bullet or a subtraction is no sign
-    1.8e1   1E3                               18, 1000        an exponent of up to three digits
-    ３   १८                                    3, 18           the decimal digits of any script
-    3/4   3:45   7-9   2x4   m2               4, 45, 9, 4, 2  no fractions, times, ranges: the last number alone
-    ½   ²   eighteen   ∞   nan                nothing         not written in digits
+No judge accepts a blank response. A new judge is one function (example, response) -> bool and one entry of JUDGES, at
+the end of this file.
 
-    Two answers without a number are not equal.
-
-code, for MBPP: the program in the response passes every test of its row; sandbox.py runs it and says what that covers.
-llm, for NQ: the prompt of Fig. 8; True or False is read off the reply, anything else is not accepted, and counted.
-recall, for short golds: every word of the gold is in the response, or it abstains where there is no answer (ours).
-
-Deviations from the published definitions:
-1. Abstention: the phrases that Slobodkin et al. (2023) count, but as whole words ("n/a" is not found in "corn/apples");
-   those that they count as the whole reply only, we take without the blanks and marks around it ("Unknown." is "unknown").
-2. Token recall: SQuAD's normalisation (v1.1 script), multiset overlap. A gold of which that leaves nothing ("A", "the")
-   would be recalled by every response: there, the whole response must be the gold.
-
-A new judge is one function (example, response) -> bool and one entry of JUDGES.
+Where `recall` differs from the published definitions:
+1. Abstention. The phrases are those that Slobodkin et al. (2023) count, but as whole words ("n/a" is not found in
+   "corn/apples"). Those that they count as the whole reply only, we take without the blanks and marks around it
+   ("Unknown." is "unknown").
+2. Token recall. The normalisation is SQuAD's (v1.1 script), the overlap that of multisets. A gold of which that leaves
+   nothing ("A", "the") would be recalled by every response: there, the whole response must be the gold.
+3. Marks. SQuAD drops ASCII punctuation only. We drop that of Unicode too, so that “Paris” is Paris. A decimal point
+   stays, so that 4.5 is not 45.
 """
 
+import ast
+import functools
 import os
 import re
 import string
 import textwrap
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from decimal import Decimal
 
 from data import Example, fill
 from support import ranks, sandbox
+from support.cli import InputError
+from support.numerals import last_number, same_number
 
-NUMBER = re.compile(
-    r"""
-    \^ \{? [-−]? [\d.]+                                          # an exponent: passed over
-  | (?: (?<! [^\W_] ) (?<! [)\]}\-−–%°] )                         # a minus, with nothing to subtract from: no letter or
-        (?<! \d [$€£¥₹] ) (?<! \d \\ \$ ) (?<! \d \s [€£¥₹] )     # digit, bracket, 5%, 5°, 5€, 5\$, 5 € (5 $-3$ is two)
-        (?P<minus> [-−–－] )
-        (?: \\? [$€£¥₹] )? )?
-    (?P<digits> \d{1,3} (?: (?: [,，'’_\u00a0\u2009\u202f] | \{,\} | \\, | ,\\! ) \d{3} )+ (?! \d )   # 1,234,567
-              | \d+
-              | (?<! [\w.] ) (?= \. \d ) )                         # .5
-    (?P<rest> (?: \. \d+ )? (?: [eE] [+-]? \d{1,3} (?! \w ) )? )
-    """,
-    re.VERBOSE,
-)
+INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of controls, formats and separators
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text by the table above, None if it has none."""
-    last = None
-    for match in NUMBER.finditer(text):
-        last = match if match["digits"] is not None else last
-    if last is None:
-        return None
-    digits = re.sub(r"\D", "", last["digits"])
-    return Decimal(("-" if last["minus"] else "") + (digits or "0") + last["rest"])
+def is_blank(text: str) -> bool:
+    """Does a text hold nothing that can be seen? No judge accepts such a response."""
+    return all(unicodedata.category(character) in INVISIBLE for character in text)
 
 
 def numeric(response: str, gold: str) -> bool:
-    """Do both end in the same number (A.3)? False where either has none."""
-    answer = last_number(response)
-    return answer is not None and answer == last_number(gold)
+    """Do both end in the same number (A.3)? False where either has none. support/numerals.py says what a number is."""
+    return same_number(last_number(response), last_number(gold))
 
 
 BEGIN, DONE = "[[BEGIN]]", "[[DONE]]"
-FENCE = re.compile(r"^ {0,3}```+[^\n`]*\n(.*?)(?:^ {0,3}```|```\s*\Z|\Z)", re.MULTILINE | re.DOTALL)
+THOUGHTS_END = re.compile(r"</(?:think|thinking|thought|thoughts|reasoning)>", re.IGNORECASE)
+FENCE = re.compile(
+    r"^ {0,3}(?P<marks>```+|~~~+)[^\n`]*(?:\n|\Z)(?P<code>.*?)(?:^ {0,3}(?P=marks)|(?P=marks)\s*\Z|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+DEFINITION = re.compile(
+    r"^[ \t]*(?:async[ \t]+)?(?:def[ \t]+(\w+)[ \t]*[(\[]|class[ \t]+(\w+)[ \t]*[(:\[])|^(\w+)[ \t]*=(?!=)", re.MULTILINE
+)
+CODE_LINE = re.compile(  # what an unindented line of a program begins with
+    r"\s|[#@)\]}]|[rbfu]?['\"]|(?:def|class|async|import|from|if|elif|else|for|while|try|except|finally|with|del|assert)\b"
+    r"|[\w.\[\]]+[ \t]*(?:[-+*/|&]?=|\()"
+)
 
 
-def extract_code(response: str) -> str:
+def extract_code(response: str, tests: Sequence[str] = ()) -> str:
     """The program of a response: between the tags, else in a code fence, else all of it. Never an exception.
 
-    The first [[DONE]] after a [[BEGIN]] ends the program, as it ends a generation that stops there; of several
-    [[BEGIN]] before it the last counts. Without [[DONE]] the program goes on to the end, without [[BEGIN]] it begins at
-    the start. A fence inside the tags is taken off; of several fences the first counts, and an open one goes on to the
-    end. A byte order mark, blank ends and a common indentation are removed; line ends and all other characters stay.
+    What a model thinks before it answers, up to </think>, is left out. The first [[DONE]] after a [[BEGIN]] ends the
+    program, as it ends a generation that stops there. Of several [[BEGIN]] before it the last counts. Without [[DONE]]
+    the program goes on to the end, without [[BEGIN]] it begins at the start. Where there are no such tags, MBPP's own
+    [BEGIN] and [DONE] count.
+
+    A fence inside the tags is taken off, and an open one goes on to the end. Of several fences, and a program that
+    stands before them, the first counts that defines a function which `tests` call. Where none does, the first counts.
+    A byte order mark, blank ends and a common indentation are removed. All other characters stay.
     """
-    text = response.removeprefix("\ufeff")
-    _, begin, after = text.partition(BEGIN)
-    text = (after if begin else text).partition(DONE)[0].rpartition(BEGIN)[2]
-    fence = FENCE.search(text)
-    if fence:  # a fence that holds nothing is the stray end of one: what stands before it counts
-        text = fence[1] if fence[1].strip() else text[: fence.start()]
-    text = text.strip("\r\n\ufeff")
-    return (textwrap.dedent(text) if text[:1] in (" ", "\t") else text).strip()
+    text = between_tags(after_thoughts(response))
+    parts = fenced_parts(text)
+    wanted = tested_names(tuple(tests))
+    for part in parts:
+        if wanted & defined_names(part):
+            return tidy(part)
+    return tidy(parts[0])
+
+
+def after_thoughts(text: str) -> str:
+    """A text without the thoughts before it. All of it, where nothing comes after them."""
+    answer = THOUGHTS_END.split(text)[-1]
+    return answer if answer.strip() else text
+
+
+def between_tags(text: str) -> str:
+    text = text.removeprefix("\ufeff")
+    if BEGIN not in text and DONE not in text:
+        if "[BEGIN]" in text:
+            text = text.replace("[BEGIN]", BEGIN).replace("[DONE]", DONE)
+        else:  # [BEGIN] stood in the prompt: [DONE] counts at the start of a line
+            text = re.sub(r"^[ \t]*\[DONE\]", DONE, text, flags=re.MULTILINE)
+
+    before, begin, after = text.partition(BEGIN)
+    text = after if begin else before
+    text = text.partition(DONE)[0]
+    return text.rpartition(BEGIN)[2]
+
+
+def fenced_parts(text: str) -> list[str]:
+    """The programs that a text may hold, in their order: one before the fences, then those inside. At least one."""
+    fences = list(FENCE.finditer(text))
+    if not fences:
+        return [text]
+    parts = [fence["code"] for fence in fences if fence["code"].strip()]
+    before = text[: fences[0].start()]
+    stray = not fences[0]["code"].strip()  # the end of a fence that was opened in the prompt
+    if stray or is_program(before):
+        parts.insert(0, before)
+    return parts
+
+
+def is_program(text: str) -> bool:
+    """Does it define something, and look like code in every unindented line?
+
+    A look must do: parsing what a model wrote can crash the interpreter, and this one must not.
+    """
+    lines = [line for line in text.splitlines() if line]
+    return bool(defined_names(text)) and all(CODE_LINE.match(line) for line in lines)
+
+
+def defined_names(text: str) -> set[str]:
+    """The functions and classes that a program defines, and the names that it assigns without indentation."""
+    names = set()
+    for groups in DEFINITION.findall(text):
+        names.update(groups)
+    return names - {""}
+
+
+@functools.cache
+def tested_names(tests: tuple[str, ...]) -> set[str]:
+    """The names in a row's tests that the program has to define. Where all are builtins (MBPP 126: `sum`), those."""
+    used, own = set(), set()
+    for test in tests:
+        try:
+            nodes = list(ast.walk(ast.parse(test)))
+        except sandbox.UNREADABLE:
+            continue
+        for node in nodes:
+            match node:
+                case ast.Name(name, ast.Load()):
+                    used.add(name)
+                case ast.alias(name, new_name):
+                    own.add(new_name or name)
+                case ast.Name(name) | ast.arg(name) | ast.FunctionDef(name):
+                    own.add(name)
+    return used - own - sandbox.CLEAN or used - own
+
+
+def tidy(program: str) -> str:
+    """Without blank ends, a byte order mark and a common indentation."""
+    program = program.strip("\r\n\ufeff")
+    if program.startswith((" ", "\t")):
+        program = textwrap.dedent(program)
+    return program.strip()
 
 
 def run_tests(code: str, tests: Sequence[str], setup: str = "", timeout: float = sandbox.CPU_SECONDS) -> bool:
-    """Does the program pass every test? `setup` runs between; `timeout`: CPU seconds. False where there is no test."""
+    """Does the program pass every test? False where there is no test.
+
+    `setup` runs after the program and before the tests. `timeout` is in CPU seconds.
+    """
     return sandbox.passes(code, tests, setup, timeout)
 
 
 def code(response: str, tests: Sequence[str], setup: str = "", timeout: float = sandbox.CPU_SECONDS) -> bool:
-    """Does the program in the response pass every test (section 3)?"""
-    return run_tests(extract_code(response), tests, setup, timeout)
+    """Does the program in the response pass every test (section 3 of the paper)?"""
+    if is_blank(response):
+        return False
+    return run_tests(extract_code(response, tests), tests, setup, timeout)
 
 
 LLM_JUDGE = """\
@@ -126,51 +190,121 @@ Reference Answer:
 Decision: [True/False]"""  # Fig. 8
 VERDICT = re.compile(
     r"""
-    \b (?: true|false ) \s* (?: / | \| | \b or \b ) \s* (?: true|false ) \b        # the choice, echoed: skipped
-  | (?P<no> (?: \b (?: not|never|neither|cannot ) | n['’]t ) (?: \s+ \w+ ){0,3}? \s+ )?   # not true, isn't quite true
+    # The choice, echoed, decides nothing: True/False, only 'True' or 'False'.
+    (?: \b only \W+ )? \b (?: true|false ) ['"”’*`]* \s* (?: / | \| | , | \b or \b ) \s* ['"“‘*`]* (?: true|false ) \b
+    # Nor does a question: true?
+  | \b (?: true|false ) \s* \?
+    # The instruction, repeated (only 'True'), or a condition: whether it is true.
+  | (?P<condition> \b only \W+ (?: true|false ) \b
+      | \b (?: if|whether|would\ be|could\ be|may\ be|must\ be ) \b [^.\n]{,80}? \b (?: true|false ) \b )
+    # A verdict: true, not true, isn't quite true.
+  | (?P<no> (?: \b (?: not|never|neither|cannot|hardly|far\ from ) | n['’]t ) (?: \s+ \w+ ){0,3}? \s+ )?
     (?<! [^\W_] ) (?P<word> true|false ) (?! [^\W_] )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+CALLS_WRONG = re.compile(
+    r"""
+    (?<! not\s ) (?<! n['’]t\s ) (?<! nothing\s ) \b (?: wrong|incorrect|inaccurate|mistaken|erroneous|untrue ) \b
+  | (?: \b not | n['’]t ) \s+ (?: \w+ \s+ )? (?: correct|right|accurate|match|equivalent ) \b
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+FIRST_REPLIES = 20  # if none of them holds a verdict, something is wrong with the judge
 
 
-def parse_verdict(text: str) -> bool | None:
-    """The first whole word true or false of a reply; None without one, and for "not false". "not true" is False."""
-    for match in VERDICT.finditer(text):
-        if match["word"]:
-            true = match["word"].lower() == "true"
-            return None if match["no"] and not true else true and not match["no"]
-    return None
+def parse_verdict(reply: str) -> bool | None:
+    """The first word true or false of a reply, "not true" being False. None: the reply holds no verdict.
+
+    That is so where the words are missing or stand in thoughts only, where the instruction is repeated or a condition
+    named before them, and for "not false". A reply that says true and then false, or true of an answer that it calls
+    wrong, holds no verdict either.
+    """
+    reply = THOUGHTS_END.split(reply)[-1]
+    if "<think" in reply.lower():
+        return None  # still thinking when it was cut off
+    verdicts = []
+    for match in VERDICT.finditer(reply):
+        if match["condition"]:
+            verdicts.append(None)
+        if not match["word"]:
+            continue
+        says_true = match["word"].lower() == "true"
+        negated = match["no"] is not None
+        if negated:
+            verdicts.append(False if says_true else None)
+        else:
+            verdicts.append(says_true)
+
+    if not verdicts:
+        return None
+    contradicts_itself = False in verdicts or CALLS_WRONG.search(reply)
+    if verdicts[0] is True and contradicts_itself:
+        return None
+    return verdicts[0]
 
 
 class LLMJudge:
-    """A language model as the judge (A.5). `generate`: prompts -> replies. `unparsed`: how many held no verdict."""
+    """A language model as the judge (A.5).
+
+    `generate` gives a list of replies for a list of prompts. `unparsed` counts the replies without a verdict.
+    """
 
     def __init__(self, generate: Callable[[list[str]], list[str]]):
-        self.generate, self.unparsed = generate, 0
+        self.generate = generate
+        self.asked = 0
+        self.unparsed = 0
 
     def verdicts(self, pairs: Sequence[tuple[Example, str]]) -> list[bool | None]:
-        """The verdict on each (example, response), None where the reply holds none."""
-        prompts = [fill(LLM_JUDGE, question=x.question, predicted_response=y, gold_response=x.answer) for x, y in pairs]
-        read = [parse_verdict(reply) for reply in self.generate(prompts)]
+        """The verdict on each (example, response), None where the reply holds none. A blank response is not asked about.
+
+        InputError: of the first 20 replies, none held a verdict.
+        """
+        prompts = [llm_prompt(x, response) for x, response in pairs if not is_blank(response)]
+        replies = self.generate(prompts) if prompts else []
+        read = [parse_verdict(reply) for reply in replies]
+        self.asked += len(read)
         self.unparsed += read.count(None)
-        return read
+        if FIRST_REPLIES <= self.asked == self.unparsed:
+            raise InputError(
+                f"the LLM judge: none of its first {self.asked} replies says True or False (one is {replies[-1][:60]!r}); "
+                "a model that thinks first needs --chat-template-kwargs '{\"enable_thinking\": false}', another model may "
+                "not be able to judge"
+            )
+        in_order = iter(read)
+        return [False if is_blank(response) else next(in_order) for _, response in pairs]
 
     def __call__(self, pairs: Sequence[tuple[Example, str]]) -> list[bool]:
         return [verdict is True for verdict in self.verdicts(pairs)]
+
+
+def llm_prompt(x: Example, response: str) -> str:
+    """The prompt of Fig. 8. Where a row has several golds, the reference answer is "one or another"."""
+    golds = dict.fromkeys((x.answer, *x.aliases))  # each once
+    return fill(LLM_JUDGE, question=x.question, predicted_response=response, gold_response=" or ".join(golds))
 
 
 MAX_WORDS = 50  # so that reciting the context is no answer
 ABSTENTIONS = ("unanswerable", "n/a", "idk", "i don't know", "not known", "answer not in context",
                "the answer is unknown")
 WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # these count only as the whole reply
+BEYOND_ASCII = [chr(code) for code in range(0x80, 0x10000)]
+PUNCTUATION = string.punctuation + "".join(c for c in BEYOND_ASCII if unicodedata.category(c).startswith("P"))
+NO_PUNCTUATION = str.maketrans("", "", PUNCTUATION)
+APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ＇"), "'")
+# A point or a comma inside a number, or a point before one: 4.5, 4,5, .5, but not the comma of 4,500.
+DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)|(?<=\d),(?!\d{3}(?!\d))(?=\d)|(?<![\w.])\.(?=\d)")
 ABSTENTION = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ABSTENTIONS)) + r")(?!\w)")
-SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\s/\s|\n")
+SENTENCE_END = re.compile(r"[.!?;][\"'”’»)*_]*(?=\s|$)|\s/\s|\n")
 
 
 def normalize(text: str) -> list[str]:
-    """The words of a text after SQuAD's normalisation: lower case, no ASCII punctuation, no articles."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    """The words of a text after SQuAD's normalisation: lower case, no punctuation, no articles.
+
+    Unlike SQuAD's, it drops the punctuation of Unicode too, and keeps a decimal point (or comma) as a point.
+    """
+    parts = DECIMAL_POINT.split(text.lower())
+    text = ".".join(part.translate(NO_PUNCTUATION) for part in parts)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
@@ -178,35 +312,44 @@ def token_recall(response: str, gold: str) -> float:
     """The share of the gold's words (as a multiset) that the response has: |response ∩ gold| / |gold|."""
     wanted = Counter(normalize(gold))
     if not wanted:
-        return float(response.strip().lower() == gold.strip().lower() != "")
+        for form in (str.lower, bare):
+            if form(response).strip() == form(gold).strip() != "":
+                return 1.0
+        return 0.0
     return (wanted & Counter(normalize(response))).total() / wanted.total()
 
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text, lower-cased and without marks around them."""
-    return [part for part in map(bare, SENTENCE_END.split(text)) if part]
+    parts = [bare(part) for part in SENTENCE_END.split(text)]
+    return [part for part in parts if part]
 
 
 def bare(text: str) -> str:
     """Lower-cased, without marks and blanks around it."""
-    return text.lower().replace("’", "'").strip(string.punctuation + string.whitespace)
+    return text.lower().translate(APOSTROPHES).strip(PUNCTUATION + string.whitespace)
 
 
 def abstains(response: str) -> bool:
     """Does the response say that there is no answer: by a phrase in it, or by nothing else in it?"""
-    return bare(response) in WHOLE_ABSTENTIONS or any(ABSTENTION.search(part) for part in sentences(response))
+    if bare(response) in WHOLE_ABSTENTIONS:
+        return True
+    return any(ABSTENTION.search(sentence) for sentence in sentences(response))
 
 
 def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequence[str] = ()) -> bool:
-    """At most 50 words that hold every word of a gold and do not abstain; where there is no answer, that abstain.
+    """Does a response of at most 50 words hold every word of a gold? Where there is no answer: does it abstain at once?
 
-    They must do so in their first sentence: a reply that answers first and abstains after is accepted nowhere.
+    Longer ones are rejected, because whoever recites the context has every word. So is an answer that abstains later.
     """
-    if len(response.split()) > MAX_WORDS:
+    if is_blank(response) or len(response.split()) > MAX_WORDS:
         return False
     if unanswerable:
-        return abstains(response) and any(abstains(first) for first in sentences(response)[:1])
-    return not abstains(response) and any(token_recall(response, answer) == 1 for answer in (gold, *aliases))
+        first_sentence = next(iter(sentences(response)), "")
+        return abstains(response) and abstains(first_sentence)
+    if abstains(response):
+        return False
+    return any(token_recall(response, answer) == 1 for answer in (gold, *aliases))
 
 
 LEAKS = ("reference answer", "your response", "my response", "your own response", "now it's your turn")
@@ -216,46 +359,6 @@ def leaks(paraphrase: str) -> bool:
     """Does a paraphrase speak of its prompt instead of to the question? (The list is SDFT's.)"""
     text = paraphrase.lower()
     return text.startswith("your turn") or any(leak in text for leak in LEAKS)
-
-
-def token_f1(response: str, gold: str) -> float:
-    """SQuAD's F1: the harmonic mean of the precision and recall of the response's words, as multisets."""
-    said, wanted = Counter(normalize(response)), Counter(normalize(gold))
-    if not said or not wanted:
-        return float(said == wanted)
-    return 2 * (said & wanted).total() / (said.total() + wanted.total())
-
-
-def reading_row(x: Example, response: str) -> dict[str, float]:
-    """Scores of one response, each 0 to 1 and the best over the golds, but for `words`.
-
-    exact, f1: SQuAD v2's. An abstaining response counts as its empty answer: 1 where there is no answer, else 0.
-    recall: token recall of the gold, which is the word `unanswerable` where there is no answer (SSR's token-level recall).
-    modified_recall: ours, as SSR prints no formula: recall where there is an answer and the response gives one, 1 where there
-    is none and it abstains, else 0.
-    answerability: does it abstain exactly where there is no answer?
-    """
-    golds, silent = (x.answer, *x.aliases), abstains(response)
-    found = max(token_recall(response, gold) for gold in golds)
-    exact = max(float(normalize(response) == normalize(gold)) for gold in golds)
-    f1 = max(token_f1(response, gold) for gold in golds)
-    if x.unanswerable or silent:
-        exact = f1 = float(x.unanswerable and silent)
-    modified = float(silent) if x.unanswerable else 0.0 if silent else found
-    return {"exact": exact, "f1": f1, "recall": found, "modified_recall": modified,
-            "answerability": float(silent == x.unanswerable), "words": float(len(response.split()))}
-
-
-def reading_scores(pairs: Sequence[tuple[Example, str]]) -> dict[str, dict]:
-    """Means of reading_row over the rows "answerable", "unanswerable" and "all", with their n; an empty group is left out."""
-    groups = {"answerable": [pair for pair in pairs if not pair[0].unanswerable],
-              "unanswerable": [pair for pair in pairs if pair[0].unanswerable], "all": list(pairs)}
-    scores = {}
-    for name, members in groups.items():
-        rows = [reading_row(x, response) for x, response in members]
-        if rows:
-            scores[name] = {"n": len(rows)} | {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-    return scores
 
 
 JUDGES: dict[str, Callable[[Example, str], bool]] = {
@@ -268,21 +371,32 @@ LLM_BATCH = 256  # pairs a call of the LLM judge: enough for the generator to gr
 
 def workers() -> int:
     """How many programs this process runs at a time: its share of the cores that it may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
     return max(1, cores // ranks.LOCAL_WORLD)
 
 
 def judge_all(name: str, pairs: Sequence[tuple[Example, str]], generate=None) -> Iterator[bool | None]:
-    """Verdicts on (example, response) pairs, in order, as they come. "llm" asks `generate`; None: no verdict in it.
+    """Verdicts on (example, response) pairs, in their order, as they come. None: the LLM judge's reply holds none.
 
-    Programs run in parallel, one a core (workers); their limit is CPU time, so that a busy machine changes no verdict.
+    "llm" asks `generate` (see LLMJudge). Programs run in parallel, one a core. Their limit is CPU time, so that a busy
+    machine changes no verdict.
     """
     if name == "llm":
         judge = LLMJudge(generate)
-        for start in range(0, len(pairs), LLM_BATCH):
+        yield from judge.verdicts(pairs[:FIRST_REPLIES])  # few at first: a judge that cannot judge says so at once
+        for start in range(FIRST_REPLIES, len(pairs), LLM_BATCH):
             yield from judge.verdicts(pairs[start : start + LLM_BATCH])
-    elif name == "code":
+        return
+
+    def verdict(pair: tuple[Example, str]) -> bool:
+        x, response = pair
+        return not is_blank(response) and JUDGES[name](x, response)
+
+    if name == "code":
         with ThreadPoolExecutor(workers()) as pool:
-            yield from pool.map(lambda pair: JUDGES["code"](*pair), pairs)
+            yield from pool.map(verdict, pairs)
     else:
-        yield from (JUDGES[name](*pair) for pair in pairs)
+        yield from map(verdict, pairs)

@@ -1,9 +1,18 @@
-"""Line 16 of Algorithm 1: train the adapter on D', and keep the best checkpoint (A.3)."""
+"""Line 16 of Algorithm 1: train the adapter on D', and keep the best checkpoint (A.3).
+
+The loss is -Σ log p(y_t | x, y_<t) over the target tokens of a batch, divided by their number. Prompt tokens
+are no targets.
+"""
 
 import io
+import math
 import random
 import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import BadZipFile
 
 import torch
 from tqdm import tqdm
@@ -11,151 +20,226 @@ from tqdm import tqdm
 import lora
 from answers import validate
 from data import Example, Task
-from engine.packed import target_loss
+from engine.model import peak_memory_gib, reset_peak_memory
+from engine.packed import Row, target_loss
 from support import ranks
 from support.cli import InputError
 from support.files import append_jsonl, resume_jsonl, write_bytes, write_jsonl
 
 
-class Loss(torch.nn.Module):
-    """-Σ log p(y_t | x, y_<t) over the target tokens of the rows, in nats. The prompt is masked: it is no target.
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What LoRA takes from the command line (section 3)."""
 
-    A module and not a function, because DistributedDataParallel averages the gradients of a module's forward pass.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, rows, share_prefix: bool = False) -> torch.Tensor:
-        return target_loss(self.model, rows, share_prefix)
+    rank: int = 8  # r
+    alpha: float = 16  # scale = alpha / r
+    dropout: float = 0.1  # on the adapter's input
+    target_modules: str | tuple[str, ...] = ("q_proj", "v_proj")
 
 
-def step_rows(n: int, batch_size: int, steps: int, seed: int):
-    """Row numbers of every step: each epoch in an order of its own, and the same order whenever the run is repeated."""
-    order, epoch = [], 0
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order += random.Random(f"{seed}-{epoch}").sample(range(n), n)
-            epoch += 1
-        yield order[:batch_size]
-        order = order[batch_size:]
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What training takes from the command line. The README says which values are the paper's."""
+
+    steps: int  # optimizer steps
+    eval_every: int  # steps between two validations
+    seed: int = 0  # of LoRA's start, of dropout, and of the order of rows
+    lr: float = 1e-4  # learning rate at its peak
+    schedule: str = "linear"  # how the rate falls after the warm-up: linear or cosine
+    warmup: float = 0.03  # share of the steps in which the rate rises
+    batch_size: int = 8  # rows a step
+    micro_batch: int = 8  # rows a forward pass
+    clip: float = 1.0  # largest gradient norm
+    bf16: bool = False  # matrix products in bfloat16
+    share_prefix: bool = False  # compute what the prompts of a micro-batch begin with once
 
 
-def learning_rate(step: int, args) -> float:
-    """Linear warm-up, then linear decay to 0. `step` counts from 0."""
-    warmup = max(1, round(args.warmup * args.steps))
-    return args.lr * min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
+@dataclass
+class Progress:
+    """How far training has come. Kept in checkpoint.pt, and at the end in training.json."""
+
+    step: int = 0
+    best_step: int = 0
+    best_accuracy: float = -1.0  # on the validation rows
+    seconds: float = 0.0  # of the steps alone
+    tokens: int = 0  # of prompts and targets
 
 
-def backward(loss_of, rows, args) -> tuple[float, int]:
-    """Gradients of the mean loss over a batch, summed up in micro-batches -> (mean loss, target tokens).
+def train(
+    model,
+    tokenizer,
+    task: Task,
+    rows: list[Row],
+    validation: list[Example],
+    folder: Path,
+    settings: TrainingSettings,
+) -> Progress:
+    """Train on the rows of D', and keep in `folder` the adapter with the best validation accuracy.
 
-    The loss is divided by the target tokens of the whole step. Averaging the micro-batches' own means would weigh a token
-    by the length of its neighbours, and make the result depend on how the batch was cut. With several processes each takes
-    its share of the rows; their gradients are averaged, hence the factor ranks.WORLD.
-    """
-    targets, mine = sum(sum(is_target) for _, is_target in rows), ranks.share(rows)
-    device = next(loss_of.parameters()).device.type
-    total = 0.0
-    for start in range(0, len(mine), args.micro_batch):
-        last = start + args.micro_batch >= len(mine)
-        with ranks.without_sync(loss_of, last), torch.autocast(device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = loss_of(mine[start : start + args.micro_batch], args.share_prefix) / targets
-            (loss * ranks.WORLD).backward()
-        total += loss.item()
-    return ranks.totals(total)[0], targets
-
-
-def backward_in_memory(loss_of, optimizer, rows, args) -> tuple[float, int]:
-    """As `backward`. Out of memory: again, in micro-batches half as large."""
-    while True:
-        try:
-            return backward(loss_of, rows, args)
-        except torch.OutOfMemoryError:
-            pass  # not here: the exception still holds the forward pass's tensors
-        if args.micro_batch == 1 or ranks.WORLD > 1:  # other processes wait for this one's gradients
-            raise InputError(f"out of memory with --micro-batch {args.micro_batch}: try a smaller one, "
-                             "or --gradient-checkpointing")
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        args.micro_batch = (args.micro_batch + 1) // 2
-        tqdm.write(f"out of memory: going on with --micro-batch {args.micro_batch}")
-
-
-def optimizer_step(loss_of, optimizer, rows, args) -> tuple[float, int]:
-    """One step over a batch -> (mean loss, target tokens)."""
-    loss, targets = backward_in_memory(loss_of, optimizer, rows, args)
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], args.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, targets
-
-
-def train(model, tokenizer, task: Task, rows: list, validation: list[Example], folder: Path, args) -> dict:
-    """Train on D' and keep the adapter with the best validation accuracy (A.3) -> what training.json says.
-
-    Every `eval_every` steps the whole state goes to checkpoint.pt. Dropout is seeded by the step, the order by the epoch, so a
-    run that goes on from there ends with the same weights as one that was never interrupted.
+    What a step does follows from the seed and its number alone. So a run that was killed, and went on from
+    its checkpoint, ends with the weights of one that was not.
     """
     optimizer = torch.optim.AdamW(lora.parameters(model), weight_decay=0.0, fused=model.device.type == "cuda")
-    state = load_checkpoint(model, optimizer, folder)
-    args.micro_batch = min(args.micro_batch, state.get("micro_batch", args.micro_batch))  # what fitted before the break
-    loss_of = ranks.data_parallel(Loss(model))
+    progress = load_checkpoint(model, optimizer, folder)  # step 0 where there is none
+    reset_peak_memory()
     model.train()
-    bar = tqdm(total=args.steps, initial=state["step"], desc=f"{folder.name}/train", unit="step")
-    for step, batch in enumerate(step_rows(len(rows), args.batch_size, args.steps, args.seed)):
-        if step < state["step"]:
-            continue
-        start = time.monotonic()
-        torch.manual_seed(1_000_003 * args.seed + step + 7_919 * ranks.RANK)
+
+    steps = range(progress.step, settings.steps)
+    bar = tqdm(steps, desc=f"{folder.name}/train", unit="step", initial=progress.step, total=settings.steps)
+    for step in bar:
+        # 1. One step on one batch.
+        started = time.monotonic()
+        seed_dropout(settings.seed, step)
+        rate = learning_rate(step, settings)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        loss, targets = optimizer_step(loss_of, optimizer, [rows[i] for i in batch], args)
-        state["seconds"] += time.monotonic() - start
-        tokens = sum(len(rows[i][0]) for i in batch)
-        state["tokens"] += tokens
-        bar.set_postfix_str(f"loss {loss:.3f}, {state['tokens'] / state['seconds']:.0f} tokens/s", refresh=False)
-        bar.update()
-        log(folder, {"step": step + 1, "loss": round(loss, 6), "lr": learning_rate(step, args), "tokens": tokens,
-                     "targets": targets})
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            state |= {"step": step + 1, "micro_batch": args.micro_batch}
-            keep_best(model, tokenizer, task, validation, folder, state)
-            save_checkpoint(model, optimizer, folder, state)
+            group["lr"] = rate
+        batch = [rows[i] for i in rows_of_step(step, len(rows), settings.batch_size, settings.seed)]
+        loss, target_tokens = training_step(model, optimizer, batch, settings)
+
+        # 2. Say how it went.
+        batch_tokens = sum(len(ids) for ids, _ in batch)
+        progress.step = step + 1
+        progress.tokens += batch_tokens
+        progress.seconds += time.monotonic() - started
+        rate_of_tokens = progress.tokens / progress.seconds
+        bar.set_postfix_str(f"loss {loss:.3f}, {rate_of_tokens:.0f} tokens/s", refresh=False)
+        log(folder, step=step + 1, loss=round(loss, 6), lr=rate, tokens=batch_tokens, targets=target_tokens)
+
+        # 3. Validate, and keep what a run that dies here must go on from.
+        if progress.step % settings.eval_every == 0 or progress.step == settings.steps:
+            accuracy = validate(model, tokenizer, task, validation)
+            log(folder, step=progress.step, validation=accuracy)
+            if accuracy > progress.best_accuracy:
+                progress.best_step = progress.step
+                progress.best_accuracy = accuracy
+                if ranks.RANK == 0:
+                    lora.save(model, folder, model.config._name_or_path)
+            save_checkpoint(model, optimizer, progress, folder)
             model.train()
-    bar.close()
-    return state
+    return progress
 
 
-def log(folder: Path, row: dict) -> None:
+# ------------------------------------------------------------------------------ one step
+
+
+def training_step(model, optimizer, rows: list[Row], settings: TrainingSettings) -> tuple[float, int]:
+    """One optimizer step on a batch -> (mean loss of a target token in nats, number of target tokens).
+
+    Each micro-batch's summed loss is divided by the target tokens of the whole batch. So every target token
+    weighs the same, however the batch is cut into micro-batches or dealt out to processes.
+    """
+    target_tokens = sum(sum(is_target) for _, is_target in rows)
+    mine = ranks.share(rows)  # with torchrun, this process's part
+    total_loss = 0.0
+    for start in range(0, len(mine), settings.micro_batch):
+        total_loss += backward(model, mine[start : start + settings.micro_batch], target_tokens, settings)
+
+    parameters = lora.parameters(model)
+    ranks.sum_gradients(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    (mean_loss,) = ranks.totals(total_loss)
+    return mean_loss, target_tokens
+
+
+def backward(model, micro_batch: list[Row], target_tokens: int, settings: TrainingSettings) -> float:
+    """Add the gradients of a micro-batch -> its share of the batch's mean loss. InputError: out of memory."""
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
+            loss = target_loss(model, micro_batch, settings.share_prefix) / target_tokens
+        loss.backward()
+    except torch.OutOfMemoryError:
+        smaller = max(1, settings.micro_batch // 2)
+        raise InputError(
+            f"out of memory with --micro-batch {settings.micro_batch}: the same command with --micro-batch "
+            f"{smaller}, or with --gradient-checkpointing, goes on from the last checkpoint") from None
+    return loss.item()
+
+
+def learning_rate(step: int, settings: TrainingSettings) -> float:
+    """Linear warm-up to the peak, then a decay towards 0, linear or along a cosine. Steps count from 0."""
+    warmup_steps = max(1, round(settings.warmup * settings.steps))
+    rising = (step + 1) / warmup_steps
+    left = (settings.steps - step) / max(1, settings.steps - warmup_steps)
+    falling = left if settings.schedule == "linear" else (1 - math.cos(math.pi * min(left, 1))) / 2
+    return settings.lr * min(rising, falling)
+
+
+def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> list[int]:
+    """Which of the n rows a step sees.
+
+    Every epoch is a new shuffle, and a batch may reach into the next epoch.
+    """
+    first = step * batch_size
+    return [epoch_order(place // n, n, seed)[place % n] for place in range(first, first + batch_size)]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(epoch: int, n: int, seed: int) -> list[int]:
+    return random.Random(f"{seed}-{epoch}").sample(range(n), n)
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Other masks for every seed, step and process. The two primes keep their sums apart."""
+    torch.manual_seed(1_000_003 * seed + step + 7_919 * ranks.RANK)
+
+
+# ------------------------------------------------------------------------------ going on after a kill
+
+
+def log(folder: Path, **row) -> None:
     if ranks.RANK == 0:
         append_jsonl(folder / "log.jsonl", row)
 
 
-def keep_best(model, tokenizer, task: Task, validation: list[Example], folder: Path, state: dict) -> None:
-    accuracy = validate(model, tokenizer, task, validation)
-    log(folder, {"step": state["step"], "validation": accuracy})
-    if accuracy > state["best"]["validation"]:
-        state["best"] = {"step": state["step"], "validation": accuracy}
-        if ranks.RANK == 0:
-            lora.save(model, folder, model.config._name_or_path)
+# What torch.load and the two load_state_dict raise over a file that is torn, or of another run.
+UNREADABLE = (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile, UnpicklingError)
 
 
-def save_checkpoint(model, optimizer, folder: Path, state: dict) -> None:
+def save_checkpoint(model, optimizer, progress: Progress, folder: Path) -> None:
     buffer = io.BytesIO()
-    torch.save({"state": state, "lora": lora.state_dict(model), "optimizer": optimizer.state_dict()}, buffer)
+    state = {"progress": asdict(progress), "lora": lora.state_dict(model)}
+    torch.save(state | {"optimizer": optimizer.state_dict()}, buffer)
     write_bytes(folder / "checkpoint.pt", buffer.getvalue())
 
 
-def load_checkpoint(model, optimizer, folder: Path) -> dict:
-    """The state of the last checkpoint, put back into model and optimizer; a fresh one if there is none."""
-    state = {"step": 0, "best": {"step": 0, "validation": -1.0}, "seconds": 0.0, "tokens": 0}
-    if (folder / "checkpoint.pt").exists():
-        saved = torch.load(folder / "checkpoint.pt", map_location=model.device, weights_only=True)
-        lora.load_state_dict(model, saved["lora"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
-    log = [row for row in resume_jsonl(folder / "log.jsonl") if row["step"] <= state["step"]]
-    write_jsonl(folder / "log.jsonl", log)  # steps after the checkpoint are about to be made, and logged, again
-    return state
+def load_checkpoint(model, optimizer, folder: Path) -> Progress:
+    """The progress of the last checkpoint, or a fresh one.
+
+    The checkpoint's state goes back into model and optimizer.
+    """
+    path = folder / "checkpoint.pt"
+    progress = Progress()
+    if path.exists():
+        try:
+            saved = torch.load(path, map_location=model.device, weights_only=True)
+            lora.load_state_dict(model, saved["lora"])
+            optimizer.load_state_dict(saved["optimizer"])
+            progress = Progress(**saved["progress"])
+        except UNREADABLE as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{path}: no checkpoint of this run ({reason}): remove it, and the same command "
+                             "trains from the start") from None
+
+    rows = [row for row in resume_jsonl(folder / "log.jsonl") if row["step"] <= progress.step]
+    write_jsonl(folder / "log.jsonl", rows)  # steps after the checkpoint are about to be logged again
+    return progress
+
+
+def summary(progress: Progress, method: str, sources: dict[str, int], settings: TrainingSettings) -> dict:
+    """What training.json says of a finished training.
+
+    `step` is that of the kept adapter. The memory is training's own.
+    """
+    return {
+        "method": method,
+        "sources": sources,
+        "steps": settings.steps,
+        "step": progress.best_step,
+        "validation": progress.best_accuracy,
+        "minutes": round(progress.seconds / 60, 2),
+        "tokens": progress.tokens,
+        "tokens_per_second": round(progress.tokens / progress.seconds),
+        "peak_memory_gib": peak_memory_gib(),
+    }

@@ -44,7 +44,7 @@ METRICS = {  # benchmark -> our metric -> (the harness's task, its metric). MMLU
 
 def choose(name: str, shots: int, data_dir: Path, n: int) -> list[benchmarks.Document]:
     """The documents of a case."""
-    found = benchmarks.documents(name, data_dir, None, shots)
+    found = benchmarks.documents(name, data_dir, benchmarks.Scoring(num_fewshot=shots))
     if name != "mmlu":
         return found[:: len(found) // n][:n]
     chosen = []

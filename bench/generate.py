@@ -30,7 +30,7 @@ from data import Example, prompt
 from engine.chat import chat_ids
 from engine.decoding import Response, Row
 from engine.model import best_device, peak_memory_gib
-from generate import _generate, generate
+from generate import generate, generate_rows
 from support.cli import exit_cleanly
 from support.files import read_jsonl, write_json, write_text
 from tasks import TASKS
@@ -250,7 +250,7 @@ def our_rows(model, rows: list[Row]) -> int:
     """Our engine, every response up to its own row's limit -> how many tokens were made."""
     model.set_attn_implementation("rows")
     made = 0
-    for _, response in _generate(model, rows, ends_by_length, memory_gib=None, sample=None):
+    for _, response in generate_rows(model, rows, ends_by_length):
         made += len(response.tokens)
     return made
 

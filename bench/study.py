@@ -22,7 +22,7 @@ from bench.study_report import ARTICLES, METHODS, draw_curves, draw_trade_off, r
 from data import Example
 from support.cli import exit_cleanly
 from support.files import download, read_json, read_jsonl, write_json, write_jsonl, write_text
-from tasks.benchmarks import BENCHMARKS
+from tasks.benchmarks import BENCHMARKS, Scoring
 from tasks.benchmarks import documents as documents_of
 from tasks.reading import pair_unanswerable, read_squad
 
@@ -189,7 +189,7 @@ def wanted_documents(study: Study) -> set[tuple[str, int]]:
     wanted = set()
     for names, limit in study.benchmark_limits.items():
         for name in names.split(","):
-            for document in documents_of(name, study.data, limit, 0, sampled=True):
+            for document in documents_of(name, study.data, Scoring(limit=limit, sampled=True)):
                 wanted.add((name, document.index))
     return wanted
 

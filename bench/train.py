@@ -24,13 +24,11 @@ import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import transformers
 
 import lora
-import train
 from bench import shapes
 from bench.machine import clock, device_name, flops, seconds_a_row
 from data import prompt
@@ -40,6 +38,7 @@ from support.cli import InputError, exit_cleanly
 from support.files import write_json, write_text
 from tasks import TASKS
 from tasks.reading import read_squad
+from train import TrainingSettings, training_step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,11 +92,10 @@ def our_step(model, share_prefix: bool = False):
     """Our optimizer step, as a function of its rows."""
     lora_parameters = lora.parameters(model)
     optimizer = torch.optim.AdamW(lora_parameters, RATE, weight_decay=0.0, fused=model.device.type == "cuda")
-    dtype = str(model.dtype).removeprefix("torch.")
-    settings = SimpleNamespace(micro_batch=BATCH, clip=1.0, dtype=dtype, share_prefix=share_prefix)
-    loss_of = train.Loss(model)
+    bf16 = model.dtype == torch.bfloat16
+    settings = TrainingSettings(steps=1, eval_every=1, bf16=bf16, share_prefix=share_prefix)
     model.train()
-    return lambda rows: train.optimizer_step(loss_of, optimizer, rows, settings)
+    return lambda rows: training_step(model, optimizer, rows, settings)
 
 
 def timed(step, rows: list) -> float:

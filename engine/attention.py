@@ -1,4 +1,4 @@
-"""Attention for rows that are packed end to end, and for rows under a mask: registered with transformers as "rows"."""
+"""Attention for packed rows, and for rows under a mask. Its name in transformers is "rows"."""
 
 import torch
 from torch.nn import functional as F
@@ -6,38 +6,69 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+# Arguments that change the scores. transformers' own attention knows these, or refuses them.
+CHANGES_SCORES = ("softcap", "position_bias", "s_aux")
+
 
 def packed_attention(module, query, key, value, attention_mask, row_lengths=None, shared=0, **kwargs):
     """Causal attention inside each packed row; query, key, value `[1, heads, sum of lengths, head_dim]`.
 
-    Where `shared` > 0, the first row holds that many tokens which every other row begins with, and attends to. Rows that are
-    not packed come from generate.py, with a mask.
+    Where `shared` > 0, the first row holds that many tokens. Every other row begins with them and attends to
+    them. Rows that are not packed come from generate.py, with a mask.
     """
-    if row_lengths is None and attention_mask is not None and kwargs.keys().isdisjoint(CHANGES_SCORES):
+    packed = row_lengths is not None
+    changes_scores = any(name in kwargs for name in CHANGES_SCORES)
+    if not packed and attention_mask is not None and not changes_scores:
         return masked_attention(query, key, value, attention_mask, **kwargs)
-    if row_lengths is None or kwargs.get("sliding_window"):  # not packed, or the mask says more than "causal"
+    if not packed or not is_causal(attention_mask, row_lengths, shared):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows = list(zip(*(states.split(row_lengths, dim=2) for states in (query, key, value)), strict=True))
-    masks = [None] * len(rows)
-    if shared:
-        _, prefix_key, prefix_value = rows[0]
-        rows[1:] = [(q, torch.cat([prefix_key, k], 2), torch.cat([prefix_value, v], 2)) for q, k, v in rows[1:]]
-        masks[1:] = [torch.ones(n, shared + n, dtype=torch.bool, device=key.device).tril(shared) for n in row_lengths[1:]]
-    outputs = [sdpa_attention_forward(module, *row, mask, **kwargs)[0] for row, mask in zip(rows, masks, strict=True)]
+
+    queries = query.split(row_lengths, dim=2)
+    keys = key.split(row_lengths, dim=2)
+    values = value.split(row_lengths, dim=2)
+    outputs = []
+    for number, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        mask = None  # causal
+        if shared and number > 0:
+            length = q.shape[2]
+            k = torch.cat([keys[0], k], dim=2)
+            v = torch.cat([values[0], v], dim=2)
+            mask = torch.ones(length, shared + length, dtype=torch.bool, device=key.device).tril(shared)
+        output, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+        outputs.append(output)
     return torch.cat(outputs, dim=1), None
 
 
-CHANGES_SCORES = ("softcap", "position_bias", "s_aux")  # what changes the scores: transformers' own attention knows, or refuses
+def is_causal(mask, row_lengths: list[int], shared: int) -> bool:
+    """Does a mask `[1, 1, length, length]`, True where seen, hide only later tokens and other rows?
+
+    A sliding window or a chunk hides more, and the mask may be the only place that says so. So what it shows
+    is counted. A model that does not tell its mask where rows begin shows all earlier tokens: causal as well.
+    The answer is kept with the mask, because all layers of a kind get the same one.
+    """
+    if mask is None:
+        return True
+    if not hasattr(mask, "is_causal"):
+        lengths = list(row_lengths)
+        if shared:  # positions do not start again between the prefix and the row after it
+            lengths[:2] = [sum(lengths[:2])]
+        inside_rows = sum(length * (length + 1) // 2 for length in lengths)
+        everything = sum(lengths) * (sum(lengths) + 1) // 2
+        mask.is_causal = int(mask.sum()) in (inside_rows, everything)
+    return mask.is_causal
 
 
 def masked_attention(query, key, value, mask, scaling=None, dropout=0.0, **_):
     """Attention under `mask` `[rows, 1, width, length]`; query `[rows, heads, width, head_dim]`.
 
-    The heads that share a key head ask as so many queries more of it, so that no key is copied for each of them.
+    The heads that share a key head ask it as one head with so many more queries. So no key is copied.
     """
-    (rows, heads, width, _), kv_heads = query.shape, key.shape[1]
-    grouped = query.reshape(rows, kv_heads, heads // kv_heads * width, -1)
-    mask = mask.repeat(1, 1, heads // kv_heads, 1)
+    rows, heads, width, _ = query.shape
+    kv_heads = key.shape[1]
+    sharing = heads // kv_heads
+
+    grouped = query.reshape(rows, kv_heads, sharing * width, -1)
+    mask = mask.repeat(1, 1, sharing, 1)
     output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout_p=dropout, scale=scaling)
     return output.reshape(rows, heads, width, -1).transpose(1, 2).contiguous(), None
 

@@ -5,53 +5,78 @@ from collections.abc import Iterator
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from engine.decoding import Ending, Response, Row, Sampling, _choose
+from engine.decoding import Ending, Response, Row, Sampling, choose_tokens
 
-FALLBACK_BATCH = 32
-
-
-def _fallback(model, rows, ending, sample) -> Iterator[tuple[int, Response]]:
-    """transformers' generate, in padded batches sorted by length, with its own defaults in place of the model's."""
-    rows = sorted(rows, key=lambda row: -row.start)
-    for batch in (rows[i : i + FALLBACK_BATCH] for i in range(0, len(rows), FALLBACK_BATCH)):
-        width, watch, pad = batch[0].start, _Watch(batch, ending), min(ending.eos, default=0)
-        tokens = [[pad] * (width - row.start) + row.tokens for row in batch]
-        mask = [[0] * (width - row.start) + [1] * row.start for row in batch]
-        own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=pad)
-        try:
-            model.generate(
-                torch.tensor(tokens, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                max_new_tokens=max(row.limit - row.start for row in batch),
-                do_sample=False,
-                stopping_criteria=[watch],
-                logits_processor=[_Draw(batch, sample)] if sample else [],
-            )
-        finally:
-            model.generation_config = own
-        yield from zip((row.index for row in batch), watch.responses, strict=True)
+BATCH = 32
 
 
-class _Watch(StoppingCriteria):
-    """Follows a batch inside transformers' generate: each row's tokens, and its response once it has ended."""
+def generate_padded(
+    model, rows: list[Row], ending: Ending, sample: Sampling | None
+) -> Iterator[tuple[int, Response]]:
+    """(index of the prompt, response) of every row: padded batches, the longest prompts first."""
+    rows = sorted(rows, key=lambda row: row.start, reverse=True)
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        responses = generate_batch(model, batch, ending, sample)
+        for row, response in zip(batch, responses, strict=True):
+            yield row.index, response
+
+
+def generate_batch(model, rows: list[Row], ending: Ending, sample: Sampling | None) -> list[Response]:
+    """The responses of one batch, padded on the left, with transformers' defaults in place of the model's own."""
+    pad = min(ending.eos, default=0)
+    width = max(row.start for row in rows)
+    tokens, mask = [], []
+    for row in rows:
+        padding = width - row.start
+        tokens.append([pad] * padding + row.tokens)
+        mask.append([0] * padding + [1] * row.start)
+
+    follower = FollowRows(rows, ending)
+    processors = [KeepDrawnToken(rows, sample)] if sample else []
+    models_own_config = model.generation_config
+    model.generation_config = GenerationConfig(pad_token_id=pad)
+    try:
+        model.generate(
+            torch.tensor(tokens, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=max(row.limit - row.start for row in rows),
+            do_sample=False,
+            stopping_criteria=[follower],
+            logits_processor=processors,
+        )
+    finally:
+        model.generation_config = models_own_config
+    return follower.responses
+
+
+class FollowRows(StoppingCriteria):
+    """Follows a batch inside transformers' generate: each row's tokens, and its response once it ended."""
 
     def __init__(self, rows: list[Row], ending: Ending):
-        self.rows, self.ending, self.responses = rows, ending, [None] * len(rows)
+        self.rows = rows
+        self.ending = ending
+        self.responses: list[Response | None] = [None] * len(rows)
 
     def __call__(self, input_ids, scores, **kwargs):
+        """`input_ids` `[rows, length]` -> `[rows]`: has it ended?"""
         for i, token in enumerate(input_ids[:, -1].tolist()):
             if self.responses[i] is None:
                 self.rows[i].tokens.append(token)
                 self.responses[i] = self.ending(self.rows[i])
-        return torch.tensor([response is not None for response in self.responses], device=input_ids.device)
+        ended = [response is not None for response in self.responses]
+        return torch.tensor(ended, device=input_ids.device)
 
 
-class _Draw(LogitsProcessor):
+class KeepDrawnToken(LogitsProcessor):
     """Leaves to greedy decoding only the token that `sample` draws."""
 
     def __init__(self, rows: list[Row], sample: Sampling):
-        self.rows, self.sample = rows, sample
+        self.rows = rows
+        self.sample = sample
 
     def __call__(self, input_ids, scores):
-        drawn = torch.tensor(_choose(scores, self.rows, self.sample), device=scores.device)[:, None]
+        """`scores` `[rows, vocabulary]` -> the same shape, -inf everywhere except at the drawn token."""
+        drawn = choose_tokens(scores, self.rows, self.sample)
+        drawn = torch.tensor(drawn, device=scores.device)[:, None]
         return torch.full_like(scores, float("-inf")).scatter(1, drawn, 0.0)

@@ -1,9 +1,12 @@
-"""The model: where it runs, how it is loaded, how much it holds."""
+"""A model: the device it runs on, how it is loaded, how much it holds."""
 
 import contextlib
+import datetime
+import functools
 import math
 import resource
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -11,14 +14,25 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import engine.attention  # noqa: F401, registers the attention that is named "rows"
+from engine import trial
 from support import ranks
 from support.cli import InputError
 
 transformers.logging.disable_progress_bar()
 
+# What a date format of a chat template may hold (Llama 3.2: "%d %b %Y").
+CLOCK_DIRECTIVES = "%-d %-m %a %A %b %B %d %e %F %H %I %j %m %M %p %S %T %y %Y".split()
+
+
+# --- Devices ------------------------------------------------------------------------------------------------
+
 
 def best_device() -> str:
-    return f"cuda:{ranks.LOCAL_RANK}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return f"cuda:{ranks.LOCAL_RANK}"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
 
 
 def usable_device(name: str | None) -> str:
@@ -33,55 +47,138 @@ def usable_device(name: str | None) -> str:
     return name
 
 
+def peak_memory_gib() -> float:
+    """The most memory this process has held, in GiB: of the GPU's if it used one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "darwin":  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        resident *= 1024
+    return round(resident / 2**30, 2)
+
+
+# --- Loading ------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def loading_error_as_one_line(name: str):
     """Turn whatever loading a model can raise into one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise InputError(f"--model {name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        one_line = " ".join(str(error).split())
+        raise InputError(f"--model {name}: cannot be loaded ({one_line[:300]})") from None
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False, chat: bool = True):
-    """InputError: it cannot be loaded, or has no chat template where one is needed."""
+def load_tokenizer(
+    name: str,
+    trust_remote_code: bool = False,
+    chat: bool = True,
+    chat_template_kwargs: dict | None = None,
+    date: str | None = None,
+):
+    """A model's tokenizer. InputError: it cannot be loaded, or lacks a chat template where one is needed.
+
+    `chat_template_kwargs`, such as {"enable_thinking": False}, and the `date` (2026-11-25) of a template with
+    a clock are the same in every rendering from then on.
+    """
     with loading_error_as_one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if chat and not tokenizer.chat_template:
         raise InputError(f"--model {name}: its tokenizer has no chat template; take an instruct model")
+
+    if chat_template_kwargs:
+        render = tokenizer.apply_chat_template
+        tokenizer.apply_chat_template = functools.partial(render, **chat_template_kwargs)
+    if date and isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = stopped_clock(date) + tokenizer.chat_template
     return tokenizer
 
 
-def load_model(name: str, device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False,
-               chat: bool = True):
-    """(model, tokenizer) of a Hugging Face name or folder: safetensors only, bfloat16 on a GPU and float32 elsewhere."""
-    device = usable_device(device)
-    dtype = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    tokenizer = load_tokenizer(name, trust_remote_code, chat)
+def stopped_clock(date: str) -> str:
+    """A macro in front of a chat template, in place of transformers' clock: `strftime_now(format)`.
+
+    The template sees midnight of `date` (2026-11-25), whenever it is rendered. InputError: that is no date.
+    """
+    try:
+        midnight = datetime.datetime.fromisoformat(date)
+    except ValueError:
+        raise InputError(f"date {date}: not a date such as 2026-11-25") from None
+    filters = ""
+    for directive in CLOCK_DIRECTIVES:
+        filters += f"|replace('{directive}', '{midnight.strftime(directive)}')"
+    return "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}"
+
+
+def load_config(name: str, trust_remote_code: bool = False):
+    """A model's configuration: a small file, which is read long before the weights."""
     with loading_error_as_one_line(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    chat: bool = True,
+    chat_template_kwargs: dict | None = None,
+    date: str | None = None,
+):
+    """(model, tokenizer) of a Hugging Face name or folder, from safetensors only, in eval mode.
+
+    Without a device it is the best that there is. Without a dtype it is bfloat16 on a GPU, float32 elsewhere.
+    """
+    device = usable_device(device)
+    if dtype is None:
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    tokenizer = load_tokenizer(name, trust_remote_code, chat, chat_template_kwargs, date)
+
+    config = load_config(name, trust_remote_code)
+    with loading_error_as_one_line(name):
         model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("rows")
-    return model.to(device).eval(), tokenizer
+            name,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = _eos_of_generation(model, tokenizer)
+    model = model.to(device).eval()
+    trial.use_rows_attention(model)
+    return model, tokenizer
 
 
-def context_length(model) -> float:
-    """How many tokens the model takes; infinity where its configuration does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+def _eos_of_generation(model, tokenizer) -> str | None:
+    """The token at which the model's own generation stops, for a tokenizer that names none."""
+    ids = model.generation_config.eos_token_id
+    if isinstance(ids, list):
+        ids = ids[0]
+    return None if ids is None else tokenizer.convert_ids_to_tokens(ids)
+
+
+# --- What a model holds -------------------------------------------------------------------------------------
+
+
+def context_length(config) -> float:
+    """How many tokens a model of this configuration takes. Infinity where it does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
 
 def count_weights(name: str, trust_remote_code: bool = False) -> int:
     """How many weights a model has, from its configuration alone: nothing is loaded."""
+    config = load_config(name, trust_remote_code)
     with loading_error_as_one_line(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return sum(p.numel() for p in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
-def peak_memory_gib() -> float:
-    """The most memory this process has held: of the GPU's if it used one, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
+def reset_peak_memory() -> None:
+    """From here on, peak_memory_gib counts anew (on a GPU, and on Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # no Linux
+        Path("/proc/self/clear_refs").write_text("5")

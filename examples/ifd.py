@@ -75,7 +75,7 @@ def scoring_rows(tokenizer, pair: ScoredPair) -> list[Row]:
 
 def score(model, tokenizer, pairs: dict[str, ScoredPair], label: str = "scores") -> Scores:
     """Both scores of every pair that fits the model's context. The others have no entry."""
-    longest = context_length(model)
+    longest = context_length(model.config)
     fitting, rows = [], []
     for id, pair in pairs.items():
         four_rows = scoring_rows(tokenizer, pair)

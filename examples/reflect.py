@@ -42,12 +42,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import s3ft
-from answers import judge_answers, read_responses, respond
+from answers import Limits, judge_answers, respond
 from data import Example, fill, prompt
 from engine.model import load_model
 from examples.ifd import ScoredPair, as_instruction, score, score_all, score_command
 from support.cli import InputError, exit_cleanly, one_line_error
-from support.files import read_json, write_json, write_jsonl, write_text
+from support.files import read_json, resume_jsonl, write_json, write_jsonl, write_text
 
 Pairs = dict[str, tuple[Example, str]]  # id -> (x, y)
 
@@ -73,6 +73,8 @@ SETTINGS_FILE = "reflect_settings.json"  # in the method's folder
 
 def reflect(D, base, settings=Settings()):
     """Selective Reflection-Tuning: yields (x with its new question, its new answer, "reflection")."""
+    if base.model is None:
+        return  # a rehearsal (results/preview.py): what is asked depends on the teacher's replies
     folder = base.run / settings.name
     teacher = Teacher(base, settings)
     write_json(folder / SETTINGS_FILE, settings.recorded())
@@ -298,11 +300,11 @@ class Teacher:
     def _ask(self, prompts: dict[str, str], kind: str) -> dict[str, str]:
         """The replies, id -> text. Another teacher is loaded only if the run folder lacks one of them."""
         path = self.base.run / f"{kind}.jsonl"
-        answered = {row["id"] for row in read_responses(path)}
+        answered = {row["id"] for row in resume_jsonl(path)}
         if self.settings.teacher and not self.other and prompts.keys() - answered:
             self.other = self.load()
         model, tokenizer = self.other or (self.base.model, self.base.tokenizer)
-        rows = respond(model, tokenizer, prompts, path, REPLY_TOKENS)
+        rows = respond(model, tokenizer, prompts, path, Limits(REPLY_TOKENS))
         return {id: row["response"] for id, row in rows.items()}
 
     def load(self):

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from statistics import mean
 
-
 KINDS = ("predictions", "paraphrases", "golds")
 
 

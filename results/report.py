@@ -160,7 +160,7 @@ def optional_sections(results: dict) -> list[str]:
     models, parts = results["models"], []
     if all("reading" in model for model in models.values()):
         parts += ["## Reading comprehension, as SSR reports it", reading_table(results),
-                  "Recall, modified recall (our definition), answerability: see `judges.reading_row`."]
+                  "Recall, modified recall (our definition), answerability: see `results/reading_scores.py`."]
     scores = {name: model["benchmarks"]["scores"] for name, model in models.items() if "benchmarks" in model}
     if "base" in scores:
         halves = ", ".join(f"{name} {percent(found['mc1'])} and {percent(found['mc2'])}" for name, score in scores.items()

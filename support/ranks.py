@@ -1,8 +1,10 @@
-"""Several processes, one run: `torchrun --nproc_per_node N s3ft.py ...` makes N of them, each on a GPU of its own.
+"""Several processes, one run: `torchrun --nproc_per_node N s3ft.py ...` makes N of them.
 
-They share the run folder (on several machines: a common file system). Rows are dealt out in turn; each process appends what it
-makes to a file of its own beside the real one, and rank 0 puts them together (files.add_rows). Only rank 0 writes other files.
-Without torchrun there is one process, rank 0, and everything here does nothing.
+Each is on a GPU of its own.
+They share the run folder (on several machines: a common file system). Rows are dealt out in turn. Each
+process appends what it makes to a file of its own beside the real one, and rank 0 puts them together
+(files.RowFile). Only rank 0 writes other files. Without torchrun there is one process, rank 0, and everything
+here does nothing.
 """
 
 import contextlib
@@ -13,11 +15,15 @@ from functools import partialmethod
 
 from tqdm import tqdm
 
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (  # of all machines, and of this one
-    int(os.environ.get(name, default))
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-if RANK:
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # one progress bar, not one a process
+
+def _from_environment(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+RANK = _from_environment("RANK", 0)  # of all machines
+WORLD = _from_environment("WORLD_SIZE", 1)
+LOCAL_RANK = _from_environment("LOCAL_RANK", 0)  # of this machine
+LOCAL_WORLD = _from_environment("LOCAL_WORLD_SIZE", 1)
 
 
 @contextlib.contextmanager
@@ -26,19 +32,32 @@ def joined(device: str):
     if WORLD == 1:
         yield
         return
-    cuda = device.startswith("cuda")
     from torch import distributed  # here, so that judges and files need no torch
-    distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(hours=12))
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere) if RANK else contextlib.nullcontext():
+        with _only_rank_0_speaks():
             yield
     finally:
         distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _only_rank_0_speaks():
+    if RANK == 0:
+        yield
+        return
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # one progress bar, not one a process
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
 def barrier() -> None:
+    """Wait until every process is here."""
     if WORLD > 1:
         from torch import distributed
+
         distributed.barrier()
 
 
@@ -63,20 +82,25 @@ def totals(*values: float) -> list[float]:
         return list(values)
     import torch
     from torch import distributed
+
     device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
     sums = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(sums)
     return sums.tolist()
 
 
-def data_parallel(module):
-    """The torch module, with gradients averaged over the processes where there are several."""
+def sum_gradients(parameters) -> None:
+    """Add up every gradient over the processes, in one message: an adapter is small."""
     if WORLD == 1:
-        return module
-    from torch.nn.parallel import DistributedDataParallel
-    return DistributedDataParallel(module)
+        return
+    import torch
+    from torch import distributed
 
-
-def without_sync(module, last: bool):
-    """Averaging waits for the last micro-batch of a step."""
-    return contextlib.nullcontext() if last or WORLD == 1 else module.no_sync()
+    for parameter in parameters:
+        if parameter.grad is None:  # this process had no row in the batch
+            parameter.grad = torch.zeros_like(parameter)
+    message = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    distributed.all_reduce(message)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, summed in zip(parameters, message.split(sizes), strict=True):
+        parameter.grad.copy_(summed.view_as(parameter))

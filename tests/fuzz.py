@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 from hypothesis import HealthCheck, given, seed, settings
@@ -23,36 +24,46 @@ from data import Example
 from support import sandbox
 from support.cli import InputError
 from support.files import read_jsonl
+from support.numerals import last_number, mark_differs
 
 PIECES = [  # what the readers look for, to be strung together
-    "[[BEGIN]]", "[[DONE]]", "```", "```python\n", "\r\n", "\n", "\t", " ", "\ufeff", "\0", "\ud800", "é", "def f(x):",
-    "0", "18", "1,234", ".", ",", "-", "−", "$", "%", "^", "{", "}", "\\boxed{", "e9", "e999", "٣", "²", "½", "9" * 400,
-    "true", "False", "not ", "n't ", "[True/False]", " or ", "/", "_", "**", "unanswerable", "n/a", "I don’t know",
-    "the", "a ", "Paris", "?", ";", '"', "'", "{{question}}", '{"id": "1", "a": [1]}', "[1]", "null", "NaN", "[" * 300,
-    ",\\!", "€", "°", "assert ", "len(", "sum(1, 2)", "f(1)", ")", " == ", "list(map(f, ",
+    "[[BEGIN]]", "[[DONE]]", "```", "```python\n", "\r\n", "\n", "\t", " ", "\ufeff", "\0", "\ud800", "é",
+    "def f(x):",
+    "0", "18", "1,234", ".", ",", "-", "−", "$", "%", "^", "{", "}", "\\boxed{", "e9", "e999", "٣", "²", "½",
+    "9" * 400,
+    "true", "False", "not ", "n't ", "[True/False]", " or ", "/", "_", "**", "unanswerable", "n/a",
+    "I don’t know",
+    "the", "a ", "Paris", "?", ";",
+    '"', "'", "{{question}}", '{"id": "1", "a": [1]}', "[1]", "null", "NaN", "[" * 300,
+    ",\\!", "€", "°", "‑", "₩", "/", "8/3", "\\frac{8}{3}", "118 000", "####", "the answer is ", "“", "”",
+    "4.5", "[BEGIN]", "[DONE]",
+    "<think>", "</think>", "assert ", "len(", "sum(1, 2)", "f(1)", ")", " == ", "list(map(f, ",
 ]
 text = st.one_of(st.text(st.characters(exclude_categories=())),
                  st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=8).map("".join))
 
 
 def numbers(response, gold):
-    value = judges.last_number(response)
-    assert value is None or type(value) is Decimal
+    value = last_number(response)
+    assert value is None or type(value) in (Decimal, Fraction)
+    assert mark_differs(response) in (True, False)
     assert judges.numeric(response, response) is (value is not None)
     assert judges.numeric(response, gold) is judges.numeric(gold, response)
 
 
 def extraction(response, program):
     assert type(judges.extract_code(response)) is str
-    if program.strip("\ufeff").strip() == program and not any(mark in program for mark in ("[[", "]]", "```")):
+    marks = ("[[", "]]", "```", "~~~", "</think>")
+    if program.strip("\ufeff").strip() == program and not any(mark in program for mark in marks):
         before = response.replace("[[BEGIN]]", "")
+        response = response.replace("</think>", "")  # what comes before it would be thoughts
         assert judges.extract_code(f"{before}[[BEGIN]]\n{program}\n[[DONE]]{response}") == program
 
 
 def verdicts(reply, question):
     assert judges.parse_verdict(reply) in (True, False, None)
     judge = judges.LLMJudge(lambda prompts: [reply for _ in prompts])
-    accepted = judge([(Example("1", question, reply), question)])
+    accepted = judge([(Example("1", question, reply), "x" + question)])
     assert accepted == [judges.parse_verdict(reply) is True] and judge.unparsed == (judges.parse_verdict(reply) is None)
 
 

@@ -9,6 +9,7 @@ import urllib.error
 import weakref
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from engine.likelihood import Encoder, Option, Request, can_share, log_likelihoo
 from support.cli import InputError
 from support.files import read_jsonl, write_jsonl
 from tasks import benchmarks
-from tasks.benchmarks import BENCHMARKS, paired_drop, score
+from tasks.benchmarks import BENCHMARKS, Scoring, paired_drop, score
 from tasks.gsm8k import gsm8k_flexible, gsm8k_match, gsm8k_strict
 
 LETTERS = "ABCD"
@@ -215,7 +216,7 @@ def test_hellaswag_divides_by_characters():
 
 
 def test_truthfulqa_takes_labels_by_position_of_the_label():
-    row = {"mc1_targets": {"choices": "abc"}, "mc2_targets": {"choices": "abcd", "labels": [0, 1, 0, 1]}}
+    row = {"mc1_targets": {"choices": "abc", "labels": [1, 0, 0]}, "mc2_targets": {"choices": "abcd", "labels": [0, 1, 0, 1]}}
     scores = np.log([0.2, 0.1, 0.1, 0.1, 0.2, 0.3, 0.4])
     metrics = BENCHMARKS["truthfulqa"].metrics(row, scores)["metrics"]
     assert metrics == {"mc1": 1.0, "mc2": pytest.approx(0.6), "mean": pytest.approx(0.8)}
@@ -384,7 +385,7 @@ ALL = ["mmlu", "truthfulqa", "hellaswag", "winogrande"]
 
 
 def test_score_reports_means_and_writes_samples(llama, tokenizer, data_dir, tmp_path):
-    results, samples = score(llama, tokenizer, ALL, data_dir, tmp_path / "out", num_fewshot=2)
+    results, samples = score(llama, tokenizer, ALL, data_dir, tmp_path / "out", Scoring(num_fewshot=2))
     by_key = {(row["benchmark"], row["index"]): row for row in samples}
     assert read_jsonl(tmp_path / "out" / "samples.2-shot.jsonl") == [by_key[key] for key in sorted(by_key)]
     assert len(samples) == 12 + 6 + 6 + 6
@@ -406,32 +407,32 @@ def test_score_reports_means_and_writes_samples(llama, tokenizer, data_dir, tmp_
 
 
 def test_limit_takes_the_first_documents_of_every_task(llama, tokenizer, data_dir, tmp_path):
-    results, samples = score(llama, tokenizer, ["mmlu", "winogrande"], data_dir, tmp_path / "out", limit=2)
+    results, samples = score(llama, tokenizer, ["mmlu", "winogrande"], data_dir, tmp_path / "out", Scoring(limit=2))
     assert results["mmlu"]["n"] == 4 and results["winogrande"]["n"] == 2
     assert [row["index"] for row in samples if row["benchmark"] == "mmlu"] == [0, 1, 5, 6]
 
 
 def test_a_sample_is_always_the_same_and_grows(llama, tokenizer, data_dir, tmp_path):
-    found = [benchmarks.documents("mmlu", data_dir, limit, 0, sampled=True) for limit in (2, 2, 3, None)]
+    found = [benchmarks.documents("mmlu", data_dir, Scoring(limit=limit, sampled=True)) for limit in (2, 2, 3, None)]
     indices = [[document.index for document in part] for part in found]
     assert indices[0] == indices[1] == sorted(indices[0]) and indices[0] != [0, 1, 5, 6]
     assert set(indices[0]) < set(indices[2]) and len(indices[2]) == 6 and indices[3] == list(range(12))
     assert [document.task for document in found[0]] == [found[3][0].task] * 2 + [found[3][-1].task] * 2
-    _, samples = score(llama, tokenizer, ["mmlu"], data_dir, tmp_path / "out", limit=2, sampled=True)
+    _, samples = score(llama, tokenizer, ["mmlu"], data_dir, tmp_path / "out", Scoring(limit=2, sampled=True))
     assert [row["index"] for row in samples] == indices[0]
 
 
 def test_samples_are_those_of_the_documents_asked_for(llama, tokenizer, data_dir, tmp_path):
     """Also where the file holds more, from an earlier call: the drop is computed over what the scores are of."""
-    score(llama, tokenizer, ["winogrande", "hellaswag"], data_dir, tmp_path / "out", limit=4)
-    results, samples = score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", limit=2)
+    score(llama, tokenizer, ["winogrande", "hellaswag"], data_dir, tmp_path / "out", Scoring(limit=4))
+    results, samples = score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", Scoring(limit=2))
     assert [(row["benchmark"], row["index"]) for row in samples] == [("winogrande", 0), ("winogrande", 1)]
     assert results["winogrande"]["n"] == paired_drop(samples, samples)["winogrande"]["n"] == 2
 
 
 def test_a_killed_run_goes_on_by_document(llama, tokenizer, data_dir, tmp_path):
     whole, _ = score(llama, tokenizer, ALL, data_dir, tmp_path / "whole")
-    score(llama, tokenizer, ["mmlu", "hellaswag"], data_dir, tmp_path / "out", limit=3)
+    score(llama, tokenizer, ["mmlu", "hellaswag"], data_dir, tmp_path / "out", Scoring(limit=3))
     path = tmp_path / "out" / "samples.jsonl"
     kept = path.read_bytes()
     path.write_bytes(kept[:-40])  # the kill tore the last line
@@ -447,17 +448,17 @@ def test_a_killed_run_goes_on_by_document(llama, tokenizer, data_dir, tmp_path):
 
 def test_every_way_of_asking_has_its_own_samples(llama, tokenizer, data_dir, tmp_path):
     ways = [{}, {"num_fewshot": 2}, {"add_bos": True}, {"num_fewshot": 2, "apply_chat_template": True, "add_bos": True}]
-    first = [score(llama, tokenizer, ["mmlu"], data_dir, tmp_path, limit=1, **way) for way in ways]
+    first = [score(llama, tokenizer, ["mmlu"], data_dir, tmp_path, Scoring(limit=1, **way)) for way in ways]
     names = ["samples", "samples.2-shot", "samples.bos", "samples.2-shot.chat.bos"]
     assert {path.name for path in tmp_path.glob("samples*")} == {x + end for x in names for end in (".jsonl", ".config.json")}
     assert len({row["log_likelihoods"][0] for _, samples in first for row in samples}) == 4 * 2
     kept = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
-    assert [score(llama, tokenizer, ["mmlu"], data_dir, tmp_path, limit=1, **way) for way in ways] == first
+    assert [score(llama, tokenizer, ["mmlu"], data_dir, tmp_path, Scoring(limit=1, **way)) for way in ways] == first
     assert kept == {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
 
 
 def test_samples_of_another_model_are_not_mixed(llama, tokenizer, data_dir, tmp_path):
-    score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", limit=2)
+    score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", Scoring(limit=2))
     other = tiny("llama")
     with torch.no_grad():
         other.model.layers[1].self_attn.v_proj.weight[0] += 0.01
@@ -480,9 +481,9 @@ def test_rank_0_downloads_first(llama, tokenizer, data_dir, tmp_path, monkeypatc
         (folder / "validation.jsonl").write_bytes(rows)
 
     monkeypatch.setattr(benchmarks.ranks, "rank_0_first", rank_0_first)
-    monkeypatch.setitem(benchmarks.FETCH, "winogrande", fetch)
+    monkeypatch.setitem(BENCHMARKS, "winogrande", replace(BENCHMARKS["winogrande"], fetch=fetch))
     (data_dir / "winogrande/validation.jsonl").unlink()
-    score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", limit=1)
+    score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", Scoring(limit=1))
     assert trace == ["others wait", "download", "others go on"]
 
 
@@ -494,6 +495,13 @@ def test_rank_0_downloads_first(llama, tokenizer, data_dir, tmp_path, monkeypatc
     ("winogrande/validation.jsonl", {"answer": "3"}, "line 4: .*gold 2"),
     ("mmlu/test.jsonl", {"choices": ["a", "b", "c"]}, "line 4: not a row of mmlu"),
     ("mmlu/test.jsonl", {"answer": "B"}, "line 4: not a row of mmlu"),
+    ("mmlu/test.jsonl", {"answer": True}, "line 4: .*the answer must be int, found True"),
+    ("winogrande/validation.jsonl", {"answer": True}, "line 4: .*the answer must be str, found True"),
+    ("hellaswag/validation.jsonl", {"label": 2.9}, "line 4: .*the label must be str, found 2.9"),
+    ("truthfulqa/multiple_choice.jsonl", {"mc2_targets": {"choices": ["a", "b"], "labels": ["1", "0"]}},
+     "line 4: .*a label must be int, found '1'"),
+    ("truthfulqa/multiple_choice.jsonl", {"mc1_targets": {"choices": ["a", "b"], "labels": [0, 1]}},
+     "line 4: .*the first option of mc1 must be the true one"),
     ("hellaswag/validation.jsonl", {"label": ""}, "line 4: not a row of hellaswag"),
     ("hellaswag/validation.jsonl", {"endings": None}, "line 4: not a row of hellaswag"),
     ("truthfulqa/multiple_choice.jsonl", {"mc1_targets": {"choices": []}}, "line 4: not a row of truthfulqa"),
@@ -510,7 +518,7 @@ def test_a_bad_row_is_named(llama, tokenizer, data_dir, tmp_path, file, change, 
 
 def test_missing_fields_short_files_and_wrong_flags(llama, tokenizer, data_dir, tmp_path, monkeypatch):
     def run(names, **more):
-        return score(llama, tokenizer, names, data_dir, tmp_path / "out", **more)
+        return score(llama, tokenizer, names, data_dir, tmp_path / "out", Scoring(**more))
 
     with pytest.raises(InputError, match="unknown benchmark 'mmul': choose from mmlu, truthfulqa"):
         run(["mmul"])
@@ -532,7 +540,7 @@ def test_missing_fields_short_files_and_wrong_flags(llama, tokenizer, data_dir, 
 def test_add_bos_needs_a_bos_token(llama, tokenizer, data_dir, tmp_path):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     with pytest.raises(InputError, match="no BOS token"):
-        score(llama, bare, ["hellaswag"], data_dir, tmp_path / "out", add_bos=True)
+        score(llama, bare, ["hellaswag"], data_dir, tmp_path / "out", Scoring(add_bos=True))
 
 
 # ------------------------------------------------------------------------------------------------ files from their public homes
@@ -554,7 +562,7 @@ def test_mmlu_from_its_archive(tmp_path, monkeypatch):
             tar.addfile(info, io.BytesIO(content))
     monkeypatch.setitem(benchmarks.COUNTS, "mmlu/test.jsonl", 3)
     monkeypatch.setitem(benchmarks.COUNTS, "mmlu/dev.jsonl", 1)
-    found = benchmarks.documents("mmlu", tmp_path, None, 0)
+    found = benchmarks.documents("mmlu", tmp_path)
     assert [(x.row["subject"], x.row["question"], x.row["answer"]) for x in found] == [
         ("astronomy", "One?", 0), ("astronomy", "Two?", 1), ("b_law", 'Is it, "so"?', 3)]
     assert found[2].row["choices"] == ["x,\ny", "2", "3", "4"]
@@ -566,7 +574,7 @@ def test_truthfulqa_from_its_file(tmp_path, monkeypatch):
     row = {"question": "Q?", "mc1_targets": {"yes": 1, "no": 0}, "mc2_targets": {"no": 0, "yes": 1, "sure": 1}}
     (tmp_path / "truthfulqa" / "mc_task.json").write_text(json.dumps([row]))
     monkeypatch.setitem(benchmarks.COUNTS, "truthfulqa/multiple_choice.jsonl", 1)
-    found, = benchmarks.documents("truthfulqa", tmp_path, None, 0)
+    found, = benchmarks.documents("truthfulqa", tmp_path)
     assert found.row == {"question": "Q?", "mc1_targets": {"choices": ["yes", "no"], "labels": [1, 0]},
                          "mc2_targets": {"choices": ["no", "yes", "sure"], "labels": [0, 1, 1]}}
 
@@ -575,7 +583,7 @@ def test_hellaswag_from_its_file(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "hellaswag" / "hellaswag_val.jsonl", [row | {"label": int(row["label"]), "ind": 7}
                                                                  for row in hellaswag_rows()])
     monkeypatch.setitem(benchmarks.COUNTS, "hellaswag/validation.jsonl", 6)
-    found = benchmarks.documents("hellaswag", tmp_path, None, 0)
+    found = benchmarks.documents("hellaswag", tmp_path)
     assert [x.row for x in found] == [row | {"ind": 7} for row in hellaswag_rows()]
 
 
@@ -587,7 +595,7 @@ def test_winogrande_from_its_archive(tmp_path, monkeypatch):
         lines = [json.dumps(row | {"qID": "3"}) + "\n" for row in winogrande_rows()]
         archive.writestr("winogrande_1.1/dev.jsonl", "".join(lines))
     monkeypatch.setitem(benchmarks.COUNTS, "winogrande/validation.jsonl", 6)
-    assert [x.row for x in benchmarks.documents("winogrande", tmp_path, None, 0)] == winogrande_rows()
+    assert [x.row for x in benchmarks.documents("winogrande", tmp_path)] == winogrande_rows()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -597,7 +605,7 @@ def test_without_a_network_the_missing_file_is_named(name, tmp_path, monkeypatch
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     with pytest.raises(InputError, match=f"{name}/.* is missing and cannot be fetched .*: download https://.* there"):
-        benchmarks.documents(name, tmp_path, None, 0)
+        benchmarks.documents(name, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ drop against base, GSM8K

@@ -19,7 +19,7 @@ from bench import harness
 from engine.likelihood import Encoder
 from support.files import read_jsonl
 from tasks import benchmarks, gsm8k, mmlu
-from tasks.benchmarks import BENCHMARKS, score
+from tasks.benchmarks import BENCHMARKS, Scoring, score
 
 TASKS = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2"), "hellaswag": ("hellaswag",), "winogrande": ("winogrande",),
          "mmlu": ("mmlu_high_school_physics", "mmlu_astronomy")}
@@ -49,7 +49,7 @@ def theirs(lm, name: str, workplace, num_fewshot: int, chat: bool) -> tuple[dict
 
 
 def check(model, tokenizer, name, workplace, out_dir, num_fewshot=0, chat=False, add_bos=False, max_length=None):  # noqa: F811
-    results, samples = score(model, tokenizer, [name], workplace[0], out_dir, None, num_fewshot, chat, add_bos)
+    results, samples = score(model, tokenizer, [name], workplace[0], out_dir, Scoring(num_fewshot, chat, add_bos))
     results = results[name]
     lm = harness.language_model(model, tokenizer, add_bos, max_length=max_length)
     metrics, expected = theirs(lm, name, workplace, num_fewshot, chat)
@@ -92,7 +92,7 @@ def test_a_model_that_cannot_share(tokenizer, workplace, tmp_path):  # noqa: F81
 def test_the_bench_times_the_making_of_options(tokenizer, workplace, tmp_path):  # noqa: F811
     """Documents without options score as complete ones do: bench/evaluate.py makes them from the rows, in what it times."""
     model, encoder = tiny("llama"), Encoder(tokenizer, 999)
-    chosen = benchmarks.documents("mmlu", workplace[0], 2, 2)
+    chosen = benchmarks.documents("mmlu", workplace[0], Scoring(num_fewshot=2, limit=2))
     shots = benchmarks.mmlu_shots(workplace[0], 2)
     samples = bench_evaluate.ours(model, encoder, [replace(x, options=[]) for x in chosen], shots)
     assert samples == list(benchmarks.scored(model, encoder, chosen))

@@ -142,7 +142,7 @@ def test_squad_json_is_read_as_reading_comprehension(tmp_path):
     path = squad(tmp_path, [
         {"id": "1", "question": "q", "answers": [{"text": "a"}, {"text": "b"}, {"text": "a"}]},
         {"id": "2", "question": "r", "answers": [], "is_impossible": True}])
-    task, (rows, *_) = tasks.load_task("custom", "", [path] * 3, "recall")
+    task, (rows, *_) = custom.load_custom_task([path] * 3, "recall")
     assert rows[0] == Example("1", "q", "a", "c", aliases=("b",))
     assert rows[1] == Example("2", "r", "unanswerable", "c", unanswerable=True)
     assert "Context:\nc\n" in data.prompt(task.train, rows[0]) and task.judge == "recall"
@@ -168,14 +168,14 @@ def test_squad_json_is_read_as_reading_comprehension(tmp_path):
 def test_a_bad_row_is_named(tmp_path, content, where):
     path = write(tmp_path / "rows.jsonl", content)
     with pytest.raises(InputError, match=where):
-        tasks.load_task("custom", "", [path] * 3, "numeric")
+        custom.load_custom_task([path] * 3, "numeric")
 
 
 def test_a_custom_code_task_shows_its_tests(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"question": "Add.", "answer": "def f(a, b): return a + b", "tests": ["assert f(1, 2) == 3", "assert f(0, 0) == 0"]}
     path.write_text(json.dumps(row))
-    task, (rows, *_) = tasks.load_task("custom", "", [path] * 3, "code")
+    task, (rows, *_) = custom.load_custom_task([path] * 3, "code")
     assert data.prompt(task.predict, rows[0]) == (
         "Add.\nYour code should pass these tests:\nassert f(1, 2) == 3\nassert f(0, 0) == 0\n"
         "Generate only the python code encapsulated between [[BEGIN]] and [[DONE]] tags. Do not generate any explanation.")
@@ -192,7 +192,7 @@ def test_numbers_and_blank_lines_in_a_custom_file(tmp_path):
 def test_the_code_judge_needs_tests_in_every_row(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(InputError, match="'tests' is missing"):
-        tasks.load_task("custom", "", [path] * 3, "code")
+        custom.load_custom_task([path] * 3, "code")
 
 
 def test_a_prompt_that_asks_for_more_than_the_row_has(tmp_path):
@@ -230,6 +230,6 @@ def test_nq_without_answers_says_so(tmp_path):
 
 
 def test_limit_cuts_every_split():
-    _, splits = tasks.load_task("reading", "", limit=5)
+    _, splits = tasks.task_of({"task": "reading", "limit": 5}, "")
     assert [len(rows) for rows in splits] == [5, 5, 5]
     assert replace(splits[0][0], id="") == replace(tasks.load_task("reading", "")[1][0][0], id="")

@@ -185,18 +185,15 @@ def scripted(text_pieces):
     model.generation_config.eos_token_id = 1
     script = [VOCABULARY.index(piece) for piece in text_pieces]
 
-    def forward(self, input_ids, position_ids, past_key_values, logits_to_keep=0, **kwargs):
-        out = type(self).forward(self, input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
-        step = (position_ids[:, -1] - 2).clamp(0, len(script) - 1)  # prompts of three tokens
-        out.logits[:, -1] = torch.nn.functional.one_hot(torch.tensor(script)[step], SHAPE["vocab_size"]).float()
+    def forward(self, input_ids, position_ids=None, logits_to_keep=0, **kwargs):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        out = type(self).forward(self, input_ids, position_ids=position_ids, **kwargs)
+        step = (position_ids - 2).clamp(0, len(script) - 1)  # prompts of three tokens
+        out.logits = torch.nn.functional.one_hot(torch.tensor(script)[step], SHAPE["vocab_size"]).float()
         return out
 
-    probe_safe = lambda self, input_ids, position_ids=None, past_key_values=None, logits_to_keep=0, **kwargs: (  # noqa: E731
-        forward(self, input_ids, position_ids, past_key_values, **kwargs)
-        if position_ids is not None
-        else type(self).forward(self, input_ids, past_key_values=past_key_values, **kwargs)
-    )
-    model.forward = types.MethodType(probe_safe, model)
+    model.forward = types.MethodType(forward, model)
     return model
 
 
@@ -338,10 +335,10 @@ def test_replaced_modules_are_used(tokenizer):
 def test_samples_follow_the_top_p_distribution():
     logits = torch.log(torch.tensor([[0.05, 0.5, 0.3, 0.15]]))
     rows = [decoding.Row(i, [0], 1, 9) for i in range(20000)]
-    drawn = decoding._choose(logits.expand(20000, 4), rows, Sampling(temperature=1.0, top_p=0.8, seed=1))
+    drawn = decoding.choose_tokens(logits.expand(20000, 4), rows, Sampling(temperature=1.0, top_p=0.8, seed=1))
     share = torch.bincount(torch.tensor(drawn), minlength=4) / 20000
     assert torch.allclose(share, torch.tensor([0, 0.5 / 0.8, 0.3 / 0.8, 0]), atol=0.015)
-    hot = decoding._choose(logits.expand(20000, 4), rows, Sampling(temperature=2.0, seed=1))
+    hot = decoding.choose_tokens(logits.expand(20000, 4), rows, Sampling(temperature=2.0, seed=1))
     share = torch.bincount(torch.tensor(hot), minlength=4) / 20000
     assert torch.allclose(share, torch.softmax(logits[0] / 2, -1), atol=0.015)
     with pytest.raises(ValueError):

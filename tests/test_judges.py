@@ -1,4 +1,4 @@
-"""What each judge accepts, row by row of the tables in judges.py and against calculations by hand."""
+"""What each judge accepts, row by row: the tests of `numeric` are in test_numerals.py."""
 
 import itertools
 import os
@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -19,81 +18,12 @@ from judges import (
     abstains,
     extract_code,
     judge_all,
-    last_number,
-    numeric,
     parse_verdict,
     recall,
     token_recall,
 )
 from support import ranks
-
-# ------------------------------------------------------------------------------------------------ numeric
-
-NUMBERS = [
-    ("18", "18 +18 18. 18! 18? **18** *18* _18_ `18` (18) 18; 018 018.0 18.00"),
-    ("1234", "1,234 1,234. 1{,}234 1\\,234 1'234 1’234 1_234 1，234 1\u202f234 1\u00a0234 1\u20091\u2009234 1,234.00"),
-    ("1234567.5", "1,234,567.5 1234567.50 1{,}234{,}567.5 1,\\!234,\\!567.5"),
-    ("1450", r"1,\!450 \boxed{1,\!450} $1,\!450$"),
-    ("20", "10%-20% 20€-20€ 20£-20£ $20$-$20$ $20$-20 20$-20$ 20\\$-\\$20 5°-20° 5¥-20 5₹–20 5%−$20 5\u00a0€-20\u00a0€"),
-    ("-20", "€-20 £-20 $-20 \\$-20 x$-20 **-20%** (-20°)"),
-    ("10", r"10^6 10^{6} 1.2x10^3 1.2×10^{-3} 10⁶ $10^6$"), ("2", "2^5 2^{10} 2⁵ 2^-1"),
-    ("23", "1,23"), ("4", "3,4"), ("2345", "1,2345"), ("67", "12,345,67"), ("567", "1234,567"),
-    ("0.5", ".5 0.5 $.50 +.5 0.50."), ("5", "...5"), ("3", "1.2.3"),
-    ("18", "$18 £18 €18 ¥18 ₹18 US$18 USD18 Rs18 18€ 18% 18kg 18km/h 18th 18-year-old #18 18°"),
-    ("18", r"\boxed{18} $\boxed{18}$. \$18 \(18\) \[18\] $18$ \text{is}18 18\% ####18 <<9+9=18>>18 \times18"),
-    (None, "m^2 m^{2} m^{-2} cm² ½ ² ٪ eighteen ∞ nan inf - . , $ ① Ⅷ 十"),
-    ("18", "18m^2 18cm² 18m^{2}"),
-    ("-18", "-18 −18 –18 －18 -$18 −£18 -\\$18 (-18) $-18 **-18** =-18 :-18 -18.0 \\boxed{-18} -18%"),
-    ("18", "5-18 day-18 10−18 1–18 --18 5)-18"), ("-18", ")\u00a0-18"),
-    ("-0.5", "-.5 −0.5 -$.50"), ("-1234.5", "-1,234.5 -$1,234.50"),
-    ("18", "1.8e1 1.8E+1 180e-1"), ("1000", "1E3 1e3"), ("4444", "1e4444"),
-    ("4", "3/4 2x4 3:4"), ("9", "7-9"), ("2", "m2 H2"),
-    ("3", "３ 三３"), ("18", "१८ ١٨ 𝟏𝟖"), ("-18", "−१८"),
-]  # (value, texts with that value, separated by blanks)
-
-
-@pytest.mark.parametrize("value, text", [(value, text) for value, texts in NUMBERS for text in texts.split(" ")])
-def test_what_counts_as_a_number(value, text):
-    expected = None if value is None else Decimal(value)
-    assert last_number(text) == expected
-    assert last_number(f"The total is 7, and so the answer is {text} .") == (Decimal(7) if value is None else expected)
-
-
-@pytest.mark.parametrize("text, value", [
-    ("", None), ("no number here", None), ("- 18", 18), ("10 - 18", 18), ("18 %", 18), ("18 m^2", 18), ("18 km/h.", 18),
-    ("The answer is $1,200.00 per month.", 1200), ("She has 3 + 4 = 7 apples.", 7), ("It takes 3, 4 or 5 days.", 5),
-    ("Tom has 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 9", 9), ("#### 1,450", 1450), ("#### -3", -3),
-    ("**Answer:** \\(\\boxed{1{,}450}\\)\n", 1450), ("18\x00", 18), ("18\ud800", 18), ("\ufeff18\r\n", 18),
-    ("From 10%-20% of it", 20), ("20€-30€", 30), ("$20$-$30$", 30), ("5°-18°", 18), ("5 $-3$", -3), ("1.2 x 10^3", 10),
-    ("9" * 5000, Decimal("9" * 5000)), ("-" + "9" * 5000 + ".5", Decimal("-" + "9" * 5000 + ".5")),
-])
-def test_last_number_of_a_text(text, value):
-    assert last_number(text) == value
-
-
-def test_numbers_are_compared_by_exact_value():
-    assert numeric("So the answer is 18.00.", "... #### 18")
-    assert not numeric("18.0000000000000000000000000000000001", "#### 18")
-    assert numeric("9" * 5000, "9" * 5000 + ".0") and not numeric("9" * 5000, "9" * 4999 + "8")
-    assert not numeric("-18", "18") and not numeric("34", "3 4")
-
-
-@pytest.mark.parametrize("response, gold", [("", ""), ("none", "none"), ("no", "18"), ("18", "no"), ("nan", "nan")])
-def test_two_answers_without_a_number_are_not_equal(response, gold):
-    assert numeric(response, gold) is False
-
-
-@pytest.mark.parametrize("flood", ["9", "1,111", "1,", "-", "^", "1.", ".", " ", "1e", "-$", "^{", "1\\,", "_",
-                                   "1,\\!111", "5$-"])
-def test_a_flood_is_read_in_linear_time(flood):
-    last_number(flood * 10)
-    times = []
-    for n in (10_000, 40_000):
-        start = time.process_time()
-        last_number(flood * n)
-        times.append(time.process_time() - start)
-    assert times[1] < 0.05 + 10 * times[0]  # 4 times as long would do; 16 times is quadratic
-
+from support.cli import InputError
 
 # ------------------------------------------------------------------------------------------------ code
 
@@ -124,12 +54,53 @@ PROGRAM = "def f(x):\n    return x + 1"
     ("[[BEGIN]]\n\ufeffx = 1\n[[DONE]]", "x = 1"),
     ("[[BEGIN]]x = 'é\0\ud800'[[DONE]]", "x = 'é\0\ud800'"),
     ("[[begin]]x[[done]]", "[[begin]]x[[done]]"),
-    ('def f():\n    """\n    ```\n    f()\n    ```\n    """', 'def f():\n    """\n    ```\n    f()\n    ```\n    """'),
-    ("", ""), ("[[BEGIN]]", ""), ("[[DONE]]", ""), ("[[BEGIN]][[DONE]]", ""), ("```\n```", ""), (" \n\t\r\n", ""),
+    ('def f():\n    """\n    ```\n    f()\n    ```\n    """',
+        'def f():\n    """\n    ```\n    f()\n    ```\n    """'),
+    ("", ""), ("[[BEGIN]]", ""), ("[[DONE]]", ""), ("[[BEGIN]][[DONE]]", ""), ("```\n```", ""),
+    (" \n\t\r\n", ""),
     ("I cannot do that.", "I cannot do that."),
 ])
 def test_extraction(response, program):
     assert extract_code(response) == program
+
+
+DRAFT = "def f(x):\n    return x"
+
+
+@pytest.mark.parametrize("response, program", [
+    (f"{PROGRAM}\n```", PROGRAM), (f"{PROGRAM}\n```\n", PROGRAM),
+    (f"{PROGRAM}\n```\nThis adds one.", PROGRAM),
+    (f"import math\n\n{PROGRAM}\n```\nUse it so:\n```python\nf(1)\n```", f"import math\n\n{PROGRAM}"),
+    (f"[BEGIN]\n{PROGRAM}\n[DONE]", PROGRAM), ("[BEGIN] x = 1 [DONE]\nmore", "x = 1"),
+    (f"{PROGRAM}\n[DONE]\nYou are", PROGRAM),
+    ("[[BEGIN]]\nx = [DONE]\n[[DONE]]", "x = [DONE]"),
+    (f"<think>First\n```python\n{DRAFT}\n```\n</think>\n```python\n{PROGRAM}\n```", PROGRAM),
+    (f"<think>[[BEGIN]]{DRAFT}[[DONE]]</think>[[BEGIN]]\n{PROGRAM}\n[[DONE]]", PROGRAM),
+    (f"so</think>{PROGRAM}", PROGRAM),
+    (f"```python\n{PROGRAM}\n```\n</think>", PROGRAM),
+    (f"Use it so:\n```\nprint(f(1))\n```\nIt is\n```python\n{PROGRAM}\n```", PROGRAM),
+    (f"```bash\npip install x\n```\n```python\n{PROGRAM}\n```\n```python\n{DRAFT}\n```", PROGRAM),
+    (f"```python\nfrom solution import f\nresult = f(2)\n```\n```python\n{PROGRAM}\n```", PROGRAM),
+    (f"{DRAFT}\n\nBetter:\n```python\n{PROGRAM}\n```", PROGRAM), (f"~~~py\n{PROGRAM}\n~~~\nDone.", PROGRAM),
+    (f"```python\nclass f:\n    pass\n```\n```python\n{PROGRAM}\n```", "class f:\n    pass"),
+    ("```python\ng = 1\n```\n```python\nf = lambda x: x + 1\n```", "f = lambda x: x + 1"),
+    ("```python\na\n```\n```python\nb\n```", "a"),
+])
+def test_the_first_program_that_defines_the_tested_function(response, program):
+    assert extract_code(response, ["assert f(1) == 2"]) == program
+
+
+@pytest.mark.parametrize("tests, names", [
+    (("assert f(1) == 2", "assert g(f(2)) == len([3])"), {"f", "g"}),
+    (("assert math.isclose(area(1), 2)",), {"area"}),
+    (("assert sum(1, 2) == 4",), {"sum"}), (("x = f(1)\nassert x == 2",), {"f"}),
+    (("assert Point(1).x == 1",), {"Point"}),
+    (("def check(g):\n    assert g(1) == 2\ncheck(f)",), {"f"}),
+    (("import numpy as np\nassert np.all(f(1) == 1)",), {"f"}),
+    (("assert f(",), set()), ((), set()),
+])
+def test_the_names_that_a_program_has_to_define(tests, names):
+    assert judges.tested_names(tests) == names
 
 
 def test_extraction_of_a_megabyte():
@@ -142,8 +113,10 @@ def test_extraction_of_a_megabyte():
     (f"[[BEGIN]]\n{PROGRAM}\n[[DONE]]", True),
     (f"The code:\n```python\r\n{PROGRAM}\r\n```", True),
     (f"The code: {PROGRAM}", False),
+    (f"Use it so:\n```\nprint(f(1))\n```\nIt is\n```python\n{PROGRAM}\n```", True),
     ("[[BEGIN]]def f(x): return x[[DONE]]", False),
-    ("", False), ("[[BEGIN]][[DONE]]", False), ("[[BEGIN]]\0[[DONE]]", False), ("[[BEGIN]]\ud800[[DONE]]", False),
+    ("", False), ("[[BEGIN]][[DONE]]", False), ("[[BEGIN]]\0[[DONE]]", False),
+    ("[[BEGIN]]\ud800[[DONE]]", False),
 ])
 def test_code(response, verdict):
     assert judges.code(response, ["assert f(1) == 2", "assert f(2) == 3"]) is verdict
@@ -153,6 +126,7 @@ def test_every_test_must_pass_and_there_must_be_one():
     assert judges.run_tests(PROGRAM, ["assert f(1) == 2"])
     assert not judges.run_tests(PROGRAM, ["assert f(1) == 2", "assert f(1) == 3"])
     assert not judges.run_tests(PROGRAM, [])
+    assert not judges.code(" \n\u200b", ["assert 1 == 1"])
     assert judges.run_tests("class A: pass", ["assert a.x == 1"], setup="a = A()\na.x = 1")
     assert not judges.run_tests("while True: pass", ["assert 1 == 1"], timeout=1)
 
@@ -162,13 +136,24 @@ def test_every_test_must_pass_and_there_must_be_one():
 
 @pytest.mark.parametrize("verdict, replies", [
     (True, ["True", "TRUE", "true.", " True\n", "**True**", "_True_", "'True'", "Decision: True", "[True]",
-            "True, not False", "The Provided Answer is correct: True", "[True/False] True", "Is it True or False? True",
-            "It differs, but True"]),
+            "True, not False", "The Provided Answer is correct: True", "[True/False] True",
+            "Is it True or False? True", "It differs, but True", "True. The answer is not wrong",
+            "True, nothing wrong", "<think>false?</think>\n\nTrue", "I choose True",
+            "True if one allows for the spelling", "'True' or 'False': True"]),
     (False, ["False", "FALSE.", "`false`", "Decision: [True/False] False", "False (the reference says true)",
              "true/false: false", "not true", "It is not true.", "isn't true", "That is not entirely true",
-             "neither true nor false", "never true"]),
+             "neither true nor false", "never true", "True or False? It is False", "Is it true? It is false",
+             "False. If it were true", "False. Actually, True", "<think>It is true</think>False"]),
     (None, ["", "[True/False]", "untrue", "truely", "Truefalse", "falsehood", "True or False", "True|False",
-            "not false", "correct", "Yes", "T", "истина", "\ud800"]),
+            "not false", "correct", "Yes",
+            "If the Provided Answer is correct, choose only 'True', otherwise choose only 'False'.",
+            "If the answer is correct, choose True, otherwise False. True", "It is true that the answer is wrong",
+             "True. Actually, False",
+             "True, but the Provided Answer is incorrect.", "The answer is wrong. True", "True... no, not true",
+             "It is true that the answer is not correct", "It is true that it does not match the Reference",
+             "If the Provided Answer is correct, choose only 'True'", "I must decide whether it is true",
+             "Is it true? No.", "'True' or 'False'", "True, False", "choose only 'True' or 'False'",
+             "<think>\nOkay, it is true that", "<think>true</think>", "It would be true", "T", "истина", "\ud800"]),
 ])
 def test_verdict_parsing(verdict, replies):
     assert {reply: parse_verdict(reply) for reply in replies} == dict.fromkeys(replies, verdict)
@@ -185,6 +170,42 @@ def test_the_prompt_of_figure_8():
         "Question: Who {{gold_response}}?\nProvided Answer:\n{{question}} {x}\nReference Answer:\nAnn\n"
         "Decision: [True/False]"
     ]
+
+
+def test_the_judge_sees_every_gold_once():
+    seen = []
+    judge = LLMJudge(lambda prompts: seen.extend(prompts) or ["True"])
+    judge([(Example("1", "q", "Paris", aliases=("Lutetia", "Paris", "Paname")), "r")])
+    assert "Reference Answer:\nParis or Lutetia or Paname\nDecision:" in seen[0]
+
+
+def test_a_blank_response_is_never_accepted():
+    row = Example("1", "q", "unanswerable", tests=("assert 1 == 1",), unanswerable=True)
+    for blank in ("", " \n\t", "\u200b\ufeff", "\xa0\0"):
+        assert [list(judge_all(name, [(row, blank)])) for name in JUDGES] == [[False]] * len(JUDGES)
+        assert not any(judge(row, blank) for judge in JUDGES.values())
+        assert LLMJudge(lambda prompts: ["True"] * len(prompts)).verdicts([(row, "x"), (row, blank)]) == [True, False]
+
+
+def test_a_judge_of_ones_own_never_accepts_a_blank_response_either(monkeypatch):
+    monkeypatch.setitem(JUDGES, "anything", lambda x, response: True)
+    assert list(judge_all("anything", [(None, "a"), (None, " ")])) == [True, False]
+
+
+def test_a_judge_without_a_verdict_in_its_first_20_replies_says_so_at_once():
+    asked = []
+
+    def thinking(prompts):
+        asked.extend(prompts)
+        return ["<think>\nOkay, so the"] * len(prompts)
+
+    pairs = [(Example(str(i), "q", "a"), "r") for i in range(600)]
+    with pytest.raises(InputError, match="none of its first 20 replies says True or False.*Okay, so.*enable_thinking"):
+        list(judge_all("llm", pairs, thinking))
+    assert len(asked) == 20
+    assert list(judge_all("llm", pairs[:19], thinking)) == [None] * 19
+    mixed = judge_all("llm", pairs, lambda prompts: ["True"] + ["?"] * (len(prompts) - 1))
+    assert list(mixed).count(None) == 600 - 4  # one verdict among the first 20: no reason to stop
 
 
 def test_replies_without_a_verdict_are_not_accepted_and_are_counted():
@@ -219,6 +240,25 @@ def test_token_recall(response, gold, expected):
     assert token_recall(response, gold) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("response, gold, accepted", [
+    ("The answer is “Paris”.", "Paris", True), ("„Paris“", "Paris", True), ("«Paris»…", "Paris", True),
+    ("Paris", "“Paris”", True), ("It’s Schindler’s List", "Schindler's List", True), ("1990–1995", "1990-1995", True),
+    ("「Paris」。", "Paris", True), ("“A”.", "A", True), ("दिल्ली", "दिल्ली", True), ("दिल्ला", "दिल्ली", False),
+    ("45", "4.5", False), ("4.5", "45", False), ("It rose by 4.5.", "4.5", True), ("5", ".5", False), ("4,5", "45", False),
+    ("4500", "4,500", True), ("10000000", "10,000,000", True), ("4.5%", "4.5 %", True), ("4,5", "4.5", True),
+    ("4.5", "4", False), ("Version 1.2.3", "1.2.3", True), ("U.S.A.", "USA", True),
+])
+def test_recall_and_the_marks_of_unicode(response, gold, accepted):
+    assert recall(response, gold) is accepted
+
+
+@pytest.mark.parametrize("response", ["“Unanswerable”.", "„unanswerable“", "«Unknown»", "I don‘t know…", "“N/A”"])
+def test_an_abstention_in_marks_of_unicode(response):
+    assert recall(response, "unanswerable", unanswerable=True) and not recall(response, "unanswerable")
+    assert not recall(f"Paris. {response}", "", unanswerable=True)
+    assert not recall(f"“Paris.” {response}", "", unanswerable=True)
+
+
 @pytest.mark.parametrize("phrase", [
     "unanswerable", "N/A", "idk", "I don't know", "I don’t know", "not known", "answer not in context",
     "The answer is unknown",
@@ -235,7 +275,8 @@ def test_abstention_by_the_whole_reply(phrase):
     assert not abstains(f"Paris\n{phrase}")
 
 
-@pytest.mark.parametrize("response", ["", "Paris", "corn/apples", "It is known", "midkiff", "an unknown city"])
+@pytest.mark.parametrize("response", ["", "Paris", "corn/apples", "It is known", "midkiff",
+    "an unknown city"])
 def test_no_abstention(response):
     assert not abstains(response)
 
@@ -245,7 +286,8 @@ def test_recall_where_there_is_an_answer():
     assert not recall("The capital is Lyon.", "Paris") and not recall("Paris", "Paris France")
     assert recall("Paris " + "x " * 49, "Paris") and not recall("Paris " + "x " * 50, "Paris")
     assert not recall("Paris. The answer is unanswerable.", "Paris") and not recall("unanswerable", "Paris")
-    assert not recall("unanswerable", "unanswerable") and not recall("the", "") and not recall("Paris the", "the")
+    assert not recall("unanswerable", "unanswerable") and not recall("the", "") and not recall("Paris the",
+        "the")
 
 
 @pytest.mark.parametrize("response, verdict", [
@@ -263,7 +305,8 @@ def test_recall_where_there_is_none(response, verdict):
 
 
 @pytest.mark.parametrize("text, leak", [
-    ("The Reference Answer says 4.", True), ("Your turn: 4", True), ("Now it's your turn", True), ("In my response, 4", True),
+    ("The Reference Answer says 4.", True), ("Your turn: 4", True), ("Now it's your turn", True),
+    ("In my response, 4", True),
     ("It is your turn to move.", False), ("The answer is 4.", False), ("", False),
 ])
 def test_leaks(text, leak):
@@ -277,7 +320,8 @@ def test_judges_by_name():
     row = Example("1", "q", "#### 2", tests=("assert f(1) == r",), setup="r = 2")
     assert list(judge_all("numeric", [(row, "2"), (row, "3")])) == [True, False]
     assert list(judge_all("code", [(row, PROGRAM), (row, "def f(x): return x")])) == [True, False]
-    rows = [Example("1", "q", "Paris", aliases=("Lutetia",)), Example("2", "q", "unanswerable", unanswerable=True)]
+    rows = [Example("1", "q", "Paris", aliases=("Lutetia",)), Example("2", "q",
+        "unanswerable", unanswerable=True)]
     pairs = [(x, y) for x in rows for y in ("Lutetia", "unanswerable")]
     assert list(judge_all("recall", pairs)) == [True, False, False, True]
 
@@ -289,7 +333,7 @@ def test_a_process_takes_its_share_of_the_cores_that_it_may_use(monkeypatch, cor
     assert judges.workers() == expected
     threads = set()
     monkeypatch.setitem(JUDGES, "code", lambda x, y: threads.add(threading.get_ident()) or time.sleep(0.01))
-    list(judge_all("code", [(None, "")] * 40))
+    list(judge_all("code", [(None, "program")] * 40))
     assert len(threads) == expected
 
 

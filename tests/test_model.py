@@ -15,8 +15,10 @@ from transformers import (
 )
 
 from engine.attention import masked_attention, packed_attention
+from engine.forward import HeadLoss, common_prefix, split_by_tokens
 from engine.model import load_model
-from engine.packed import HeadLoss, common_prefix, log_probs, plain_head, split_by_tokens, target_logits, target_loss
+from engine.packed import log_probs, target_logits, target_loss
+from engine.trial import ways_of
 from support.cli import InputError
 
 SHAPE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -70,6 +72,7 @@ def test_a_shared_prefix_changes_no_logits(config):
 
 def test_a_shared_prefix_is_computed_once():
     model, lengths = model_of(CONFIGS[0], "rows"), []
+    ways_of(model)  # tried before we count
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
     target_logits(model, PREFIXED, share_prefix=True)
     assert lengths == [sum(len(ids) for ids, _ in PREFIXED) - 3 * 4]
@@ -131,7 +134,7 @@ def test_the_loss_without_logits_is_cross_entropy(config, monkeypatch):
     ours, plain = model_of(config, "rows"), model_of(config, "rows")
     for model in (ours, plain):
         model.get_output_embeddings().weight = torch.nn.Parameter(model.get_output_embeddings().weight.clone(), False)
-    assert plain_head(ours, ours.get_output_embeddings())
+    assert ways_of(ours).plain_head
     loss = target_loss(ours, random_rows())
     (3 * loss).backward()
     expected = F.cross_entropy(*target_logits(plain, random_rows()), reduction="sum")
@@ -146,7 +149,7 @@ def test_the_loss_without_logits_is_cross_entropy(config, monkeypatch):
 def test_a_head_that_does_more_takes_the_plain_way():
     config = Gemma2Config(**SHAPE, final_logit_softcapping=2.0)
     model = model_of(config, "eager").requires_grad_(False)
-    assert not plain_head(model, model.get_output_embeddings())
+    assert not ways_of(model).plain_head
     with torch.no_grad():
         expected = F.cross_entropy(*target_logits(model, random_rows()), reduction="sum")
         assert target_loss(model, random_rows()) == pytest.approx(expected.item())

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import s3ft
-from support.files import add_rows, read_jsonl, resume_jsonl, write_jsonl
+from support.files import RowFile, read_jsonl, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = [{"id": f"q{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)]
@@ -82,22 +82,18 @@ def test_a_killed_rank_ends_the_run_and_the_rerun_goes_on(flags, tmp_path):
     assert steps == list(range(1, 121)) and not (out / "s3ft" / "checkpoint.pt").exists()
 
 
-def make(part):
-    return ({"id": x} for x in part)
-
-
-def arrange(rows):
-    return sorted(rows, key=lambda row: row["id"])
+def ids(rows) -> list[str]:
+    return [row["id"] for row in rows]
 
 
 def test_rows_are_put_in_order_where_a_run_died_before_it(tmp_path):
     """All rows were made, but the file stands as they finished, and a part still lies beside it."""
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, [{"id": "b"}, {"id": "a"}])
-    assert add_rows(path, resume_jsonl(path), [], make, arrange) == read_jsonl(path) == [{"id": "a"}, {"id": "b"}]
+    assert list(RowFile(path).finish("ab")) == ids(read_jsonl(path)) == ["a", "b"]
     write_jsonl(tmp_path / "rows.rank1.jsonl", [{"id": "0"}])
-    add_rows(path, resume_jsonl(path), [], make, arrange)
-    assert [row["id"] for row in read_jsonl(path)] == ["0", "a", "b"] and len(list(tmp_path.iterdir())) == 1
+    RowFile(path).finish("0ab")
+    assert ids(read_jsonl(path)) == ["0", "a", "b"] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_rows_of_ranks_that_died_are_taken_over(tmp_path):
@@ -106,7 +102,9 @@ def test_rows_of_ranks_that_died_are_taken_over(tmp_path):
     write_jsonl(tmp_path / "rows.rank0.jsonl", [{"id": "c"}])
     (tmp_path / "rows.rank1.jsonl").write_text('{"id": "a"}\n{"id": "b"}\n{"id": "d')  # written already; new; torn
     write_jsonl(tmp_path / "rows.judged.rank0.jsonl", [{"id": "not ours"}])
-    assert [row["id"] for row in resume_jsonl(path)] == ["a", "c", "b"]
-    rows = add_rows(path, resume_jsonl(path), ["d"], make, arrange)
-    assert [row["id"] for row in rows] == list("abcd") and read_jsonl(path) == rows
+    file = RowFile(path)
+    assert list(file.rows) == ["a", "c", "b"] and file.missing("abcd") == ["d"]
+    file.append({"id": "d"})
+    rows = file.finish("abcd")
+    assert list(rows) == list("abcd") and read_jsonl(path) == list(rows.values())
     assert {file.name for file in tmp_path.iterdir()} == {"rows.jsonl", "rows.judged.rank0.jsonl"}

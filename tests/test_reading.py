@@ -9,9 +9,9 @@ import pytest
 
 import tasks
 from data import Example, hold_out
-from judges import reading_row, reading_scores
+from results.reading_scores import reading_row, reading_scores
 from support.cli import InputError
-from tasks import multidoc2dial, reading
+from tasks import custom, multidoc2dial, reading
 
 
 def put(path, content):
@@ -67,12 +67,12 @@ def test_an_id_that_is_answerable_and_not_becomes_two(tmp_path):
 def test_an_id_that_is_answerable_twice_is_refused(tmp_path):
     path = put(tmp_path / "a.json", [SLOBODKIN, SLOBODKIN])
     with pytest.raises(InputError, match="id '1' comes twice"):
-        tasks.load_task("custom", "", [path] * 3, "recall")
+        custom.load_custom_task([path] * 3, "recall")
 
 
 def test_a_custom_json_list_is_read_as_slobodkins(tmp_path):
     path = put(tmp_path / "a.json", [SLOBODKIN])
-    task, (rows, *_) = tasks.load_task("custom", "", [path] * 3, "recall")
+    task, (rows, *_) = custom.load_custom_task([path] * 3, "recall")
     assert rows == [Example("1", "q", "a", "c")] and task.train == reading.READING
 
 
@@ -106,6 +106,8 @@ def test_squad_v2_kinds_of_rows(tmp_path):
     (squad_file({"c": [question("9", (None,))]}), "question 1 .id 9.: the field 'text' must be text, found null"),
     (squad_file({"c": [question("9") | {"answers": "a"}]}), "id 9.: the field 'answers' must be a list, found \"a\""),
     (squad_file({"c": {}}), "article 1, paragraph 1: the field 'qas' must be a list, found {}"),
+    (squad_file({"c": [question("9", is_impossible="false")]}), "'is_impossible' must be true or false, found \"false\""),
+    (squad_file({"c": [question("9", is_impossible=0)]}), "'is_impossible' must be true or false, found 0"),
     ({"data": [{"paragraphs": [{"context": None, "qas": []}]}]}, "paragraph 1: the field 'context' must be text, found null"),
     ({"data": [{"paragraphs": ["c"]}]}, "article 1, paragraph 1: the field 'context' is missing"),
     ({"data": [{"title": "T"}]}, "article 1: the field 'paragraphs' is missing"),
@@ -189,6 +191,7 @@ def test_odd_musique_rows(tmp_path, change, expected):
     ({"id": "1", "paragraphs": [], "question": "q"}, "row 1: the field 'answer' is missing .the test set has none"),
     (musique_row("1", True, paragraphs=[{"title": "T"}]), "row 1: the field 'paragraph_text' is missing"),
     (musique_row("1", True, paragraphs="text"), "row 1: the field 'paragraphs' must be a list"),
+    (musique_row("1", "false"), "row 1: the field 'answerable' must be true or false, found \"false\""),
     ({"id": "1", "question": "q"}, "line 1: the field 'paragraphs' is missing"),
 ])
 def test_bad_musique_rows_are_named(tmp_path, row, message):
@@ -264,6 +267,9 @@ def test_multidoc2dial_is_unpacked_and_split_by_dialogue(tmp_path, monkeypatch):
     (dialogues({"dial_id": "x", "turns": [{"role": "user"}]}), "dialogue 1, turn 1: the field 'turn_id' is missing"),
     (dialogues({"dial_id": "x", "turns": [turn(1, "user", "", None)]}), "turn x_1: the field 'utterance' must be text"),
     (dialogues({"dial_id": "x", "turns": [turn(1, "user", "", "q") | {"references": ["d1"]}]}), "turn x_1: the field 'doc_id'"),
+    (dialogues({"dial_id": "x", "turns": [turn(1, "User", "", "q")]}), "turn x_1: 'role' is 'User', expected user or agent"),
+    (dialogues({"dial_id": "x", "turns": [turn(1, "user", "", "q", "d1"), turn(2, "agent", None, "a")]}),
+     "turn x_2: the field 'da' must be text, found null"),
     ({"dial_data": {"dmv": {}}}, "t.json, dial_data: the field 'dmv' must be a list"),
     ([], "t.json: the field 'dial_data' is missing"), ("nothing", "not valid JSON")])
 def test_bad_multidoc2dial_files(tmp_path, content, message):

@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +29,7 @@ from judges import leaks
 from support.cli import InputError, exit_cleanly
 from support.files import read_jsonl, write_jsonl
 from tasks.custom import CUSTOM_TASK
+from train import TrainingSettings
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +65,12 @@ D = [Example(id, "q", "a") for id in "abcd"]
 
 
 def targets(method, base):
-    return [(x.id, text, source) for x, text, source in method(D, base)]
+    """(id, text of the target, source) of every row of D'."""
+    rows = []
+    for x, target, source in method(D, base):
+        text = target.text if isinstance(target, Answer) else target
+        rows.append((x.id, text, source))
+    return rows
 
 
 def test_s3ft_takes_prediction_then_paraphrase_then_gold():
@@ -110,8 +115,7 @@ def test_leaks(text, leaking):
 
 
 def settings(**changes):
-    return SimpleNamespace(**({"micro_batch": 8, "batch_size": 8, "clip": 1.0, "dtype": "float32", "warmup": 0.25,
-                               "steps": 8, "lr": 0.01, "seed": 0, "share_prefix": False} | changes))
+    return TrainingSettings(**({"steps": 8, "eval_every": 8, "warmup": 0.25, "lr": 0.01} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +133,7 @@ def trained(model, rows, micro_batch):
     model = copy.deepcopy(model)
     lora.inject(model, dropout=0.0, seed=0)
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=0.01)
-    losses = [train.optimizer_step(train.Loss(model), optimizer, rows, settings(micro_batch=micro_batch))[0] for _ in range(3)]
+    losses = [train.training_step(model, optimizer, rows, settings(micro_batch=micro_batch))[0] for _ in range(3)]
     return lora.state_dict(model), losses
 
 
@@ -154,26 +158,17 @@ def test_loss_is_the_mean_over_all_target_tokens_of_the_step(loaded, rows):
     lora.inject(model, seed=0)
     model.eval()
     optimizer = torch.optim.AdamW(lora.parameters(model), lr=0.0)
-    loss, count = train.optimizer_step(train.Loss(model), optimizer, rows, settings(micro_batch=3))
+    loss, count = train.training_step(model, optimizer, rows, settings(micro_batch=3))
     assert count == len(pooled) and loss == pytest.approx(sum(pooled) / len(pooled), abs=1e-5)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_loses_no_row(loaded, rows, monkeypatch, capsys):
-    """A device that holds two rows: the step goes on in parts, and ends with the weights of an undisturbed one."""
-    whole, losses = trained(loaded[0], rows, 8)
-    forward = train.Loss.forward
+def test_out_of_memory_says_what_to_do(loaded, rows, monkeypatch):
+    def small_device(*_):
+        raise torch.OutOfMemoryError("simulated")
 
-    def small_device(self, part, share_prefix):
-        if len(part) > 2:
-            raise torch.OutOfMemoryError("simulated")
-        return forward(self, part, share_prefix)
-
-    monkeypatch.setattr(train.Loss, "forward", small_device)
-    parts, part_losses = trained(loaded[0], rows, 8)
-    assert losses == pytest.approx(part_losses, abs=1e-5)
-    for name, weight in whole.items():
-        torch.testing.assert_close(parts[name], weight, atol=1e-5, rtol=0)
-    assert "going on with --micro-batch 2" in capsys.readouterr().out
+    monkeypatch.setattr(train, "target_loss", small_device)
+    with pytest.raises(InputError, match="out of memory with --micro-batch 8: the same command with --micro-batch 4"):
+        trained(loaded[0], rows, 8)
 
 
 def test_learning_rate_warms_up_and_decays_to_zero():
@@ -181,16 +176,26 @@ def test_learning_rate_warms_up_and_decays_to_zero():
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.05 / 6, 0.04 / 6, 0.03 / 6, 0.02 / 6, 0.01 / 6])
 
 
+def step_rows(n, batch_size, steps, seed):
+    return [train.rows_of_step(step, n, batch_size, seed) for step in range(steps)]
+
+
 def test_every_epoch_sees_every_row_once_in_a_new_order():
-    steps = list(train.step_rows(n=10, batch_size=5, steps=6, seed=1))
+    steps = step_rows(n=10, batch_size=5, steps=6, seed=1)
     epochs = [sorted(steps[i] + steps[i + 1]) for i in (0, 2, 4)]
     assert epochs == [list(range(10))] * 3
     assert len({tuple(steps[i] + steps[i + 1]) for i in (0, 2, 4)}) == 3
-    assert steps[:3] == list(train.step_rows(10, 5, 3, seed=1)) != list(train.step_rows(10, 5, 3, seed=2))
+    assert steps[:3] == step_rows(10, 5, 3, seed=1) != step_rows(10, 5, 3, seed=2)
 
 
 def test_a_batch_larger_than_the_data_goes_round():
-    assert [len(batch) for batch in train.step_rows(n=3, batch_size=8, steps=2, seed=0)] == [8, 8]
+    assert [len(batch) for batch in step_rows(n=3, batch_size=8, steps=2, seed=0)] == [8, 8]
+
+
+def test_a_cosine_falls_slowly_first_and_ends_near_zero():
+    rates = [train.learning_rate(step, settings(schedule="cosine", warmup=0.01, steps=100)) for step in range(100)]
+    assert rates[0] == 0.01 and rates[50] == pytest.approx(0.005, abs=1e-4) and 0 < rates[-1] < 1e-5
+    assert rates[10] > train.learning_rate(10, settings(warmup=0.01, steps=100))
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -272,7 +277,7 @@ def test_samples_do_not_depend_on_what_was_made_before(loaded, tmp_path):
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every result of a run. Left out: the clock's readings, and the lock."""
-    skip = {".lock", "training.json"}
+    skip = {".lock", "training.json", "costs.jsonl"}
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in skip}
 
 
@@ -405,7 +410,7 @@ def test_a_validation_prompt_that_does_not_fit_is_named_before_anything_is_made(
 
 def test_a_file_flag_beside_a_built_in_task_is_refused(command, capsys):
     argv = ["--task=reading", "--method=sft", "--train-file=mine.jsonl", f"--out={command[1]}"]
-    assert "the other tasks with none" in refuse(argv, capsys)
+    assert "reading has its own rows" in refuse(argv, capsys)
 
 
 def test_what_a_killed_run_was_writing_is_swept_away(command):

@@ -1,0 +1,155 @@
+"""config.json: what a run folder, and each method in it, was asked for.
+
+What is asked when a run goes on is compared with it.
+A run can be moved and copied. So files and models are told by digests, and their paths may change.
+"""
+
+from collections.abc import Collection
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+
+from support.cli import InputError
+from support.files import file_digests, read_json, write_json
+from train import AdapterSettings, TrainingSettings
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all methods of one run folder share, so that they can be compared."""
+
+    task: str
+    model: str  # a Hugging Face name or a folder
+    dtype: str = "float32"  # of the weights
+    judge: str | None = None  # None: the task's own
+    limit: int | None = None  # only the first rows of every split
+    max_new_tokens: int | None = None  # None: the task's own
+    files: list[str] | None = None  # of a custom task: train, validation, test
+    contents: list[str] | None = None  # a digest of each file that a person brought
+    question_field: str | None = None  # of a custom task's rows; None: the usual names are tried
+    answer_field: str | None = None
+    prompt: str | None = None  # a built-in prompt for a custom task
+    prompt_file: str | None = None  # a person's own prompts
+    keep_unfinished: bool = False  # responses that the length limit cut off are judged like any other
+    chat_template_kwargs: dict | None = None
+    date: str | None = None  # of the day on which the run was begun: some templates show it
+    weights: str | None = None  # a digest of the model's
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is made. All of this may differ when it goes on."""
+
+    data: str = "data"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    sandbox: str = "best"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method, from its training data to its adapter."""
+
+    method: str
+    folder: Path  # of the method, in the run folder
+    shared: Comparison  # with the other methods of the run folder
+    adapter: AdapterSettings
+    training: TrainingSettings
+    machine: Machine
+
+    @property
+    def run(self) -> Path:
+        """The run folder, which all methods of a comparison share."""
+        return self.folder.parent
+
+    def recorded(self) -> dict:
+        """What the method's config.json says. The size of micro-batches changes no result."""
+        settings = {"method": self.method} | asdict(self.adapter) | asdict(self.training)
+        return {name: value for name, value in settings.items() if name not in ("micro_batch", "bf16")}
+
+
+def plain_name(model: str) -> str:
+    """The same name for the same folder: a trailing slash is no other model."""
+    return str(Path(model)) if Path(model).is_dir() else model
+
+
+FLAGS = {"contents": "files with the digests", "files": "the files", "weights": "weights with the digest"}
+
+
+def continued(job: Job) -> Job:
+    """What is asked, with the date and the weights of the run that goes on.
+
+    InputError: it was begun with something else.
+    """
+    shared = job.shared
+    path = job.run / "config.json"
+    if path.exists():
+        before = read_settings(path, Comparison)
+        shared = replace(shared, date=before["date"], weights=before["weights"])
+        may_move = ["files", "prompt_file"]
+        if shared.weights:
+            may_move.append("model")
+        refuse_changes(path, before, asdict(shared), may_move, "--out")
+
+    path = job.folder / "config.json"
+    if path.exists():
+        before = read_settings(path, AdapterSettings) | read_settings(path, TrainingSettings)
+        refuse_changes(path, {"method": job.method} | before, job.recorded(), (), "--name")
+    return replace(job, shared=shared)
+
+
+def read_settings(path: Path, kind: type) -> dict:
+    """The settings in a config.json. One that is younger than the file has its default.
+
+    InputError: one is missing.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object of settings; put it back, or take another --out")
+    for field in fields(kind):
+        if field.name in found:
+            continue
+        if field.default is MISSING:
+            raise InputError(
+                f"{path}: the setting {field.name!r} is missing; put it back, or take another --out")
+        found[field.name] = field.default
+    return found
+
+
+def refuse_changes(path: Path, before: dict, asked: dict, may_change: Collection[str], flag: str) -> None:
+    """InputError: a setting is not the one with which the run was begun."""
+    for name, value in asked.items():
+        value = list(value) if isinstance(value, tuple) else value  # as JSON has it
+        if name not in may_change and before[name] != value:
+            setting = FLAGS.get(name, f"--{name.replace('_', '-')}")
+            raise InputError(f"{path.parent} was begun with {setting} {before[name]}, not {value}: give the "
+                             f"same again, or another {flag}")
+
+
+def keep(path: Path, settings: dict) -> None:
+    """Write a config.json, where it is not there yet or names other paths."""
+    if not path.exists() or read_json(path) != settings:
+        write_json(path, settings)
+
+
+def read_comparison(run: Path) -> Comparison:
+    """What a run was asked for.
+
+    InputError: the folder is no run's, or a custom task's files are not the same any more.
+    """
+    path = run / "config.json"
+    if not path.exists():
+        raise InputError(f"--out {run}: no config.json there; run s3ft.py with this --out first")
+    settings = read_settings(path, Comparison)
+    names = {field.name for field in fields(Comparison)}
+    shared = Comparison(**{name: value for name, value in settings.items() if name in names})
+    files = brought_by_a_person(shared.files, shared.prompt_file)
+    if files and shared.contents != file_digests(files):
+        raise InputError(f"--out {run}: {', '.join(files)}: not the files that the run was begun with; put "
+                         "those back, or train anew with another --out")
+    return shared
+
+
+def brought_by_a_person(files: list[str] | None, prompt_file: str | None) -> list[str]:
+    """The files whose contents a run belongs to."""
+    return [*(files or []), *([prompt_file] if prompt_file else [])]

@@ -1,0 +1,44 @@
+"""What a benchmark of multiple-choice questions is: rows with options, and how their log-likelihoods become
+metrics.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.likelihood import Option
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All that sets one benchmark apart.
+
+    `options` makes the options of a row, given the solved rows that are shown before it. `metrics` takes the
+    row and the log-likelihoods of its options `[options]`, and returns what a sample keeps: the option
+    chosen, the gold, the metrics. Both raise where a row is faulty.
+    """
+
+    file: str  # of the rows, under --data
+    counts: dict[str, int]  # each file that `fetch` writes, and how many rows it has
+    fields: tuple[str, ...]  # that every row has
+    options: Callable[[dict, list[dict]], list[Option]]
+    metrics: Callable[[dict, np.ndarray], dict]
+    fetch: Callable[[Path], None]  # from the public home into the folder of `file`
+    headline: str = "acc"  # the metric of Table 4
+
+
+def graded(scores: np.ndarray, gold: int) -> dict:
+    """Is the option with the highest score the right one? ValueError: the gold is not one of the options."""
+    if not 0 <= gold < len(scores):
+        raise ValueError(f"the gold {gold} is none of its {len(scores)} options")
+    chosen = int(np.argmax(scores))  # of equals, the first
+    return {"chosen": chosen, "gold": gold, "metrics": {"acc": float(chosen == gold)}}
+
+
+def need(value, kind: type, called: str):
+    """The value. ValueError: it is of another type. True is not taken for 1."""
+    if type(value) is not kind:
+        raise ValueError(f"{called} must be {kind.__name__}, found {value!r}")
+    return value
