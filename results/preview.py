@@ -95,8 +95,12 @@ def rehearse(method: Callable, job: Job) -> tuple[Task, Splits, object, Rehearsa
 
 
 def warnings(task: Task, splits: Splits, rehearsal: Rehearsal, job: Job) -> list[str]:
-    """A line for each thing that makes training or its result doubtful. These checks cost seconds."""
-    lines = [*unacceptable_golds(task, splits[0]), *shared_rows(splits)]
+    """What was chosen for a person's own rows, and a line for each thing that makes the result doubtful.
+
+    These checks cost seconds.
+    """
+    lines = [task.note] if task.note else []
+    lines += [*unacceptable_golds(task, splits[0]), *shared_rows(splits)]
     if job.machine.device == "cpu":
         lines.append(cpu_hours(rehearsal, job))
     return lines
