@@ -49,17 +49,18 @@ class Rehearsal:
         return self.task.gold(x)
 
     def predict(self, D: list[Example]) -> dict[str, Answer]:
-        return self._ask({x.id: prompt(self.task.predict, x) for x in D}, "training")
+        return self.ask(D, {x.id: prompt(self.task.predict, x) for x in D}, "training")
 
     def paraphrase(self, D: list[Example]) -> dict[str, Answer]:
-        return self._ask({x.id: prompt(self.task.paraphrase, x, self.task.gold(x)) for x in D}, "paraphrase")
+        prompts = {x.id: prompt(self.task.paraphrase, x, self.task.gold(x)) for x in D}
+        return self.ask(D, prompts, "paraphrase")
 
     def sample(self, D: list[Example], k: int) -> dict[str, list[Answer]]:
         rejected = self.predict(D)
         self.responses += (k - 1) * len(D)
         return {id: [y] * k for id, y in rejected.items()}
 
-    def _ask(self, prompts: dict[str, str], kind: str) -> dict[str, Answer]:
+    def ask(self, D: list[Example], prompts: dict[str, str], kind: str, sampling=None) -> dict[str, Answer]:
         for id, user in prompts.items():
             self.check(f"{id} ({kind})", user)
         self.responses += len(prompts)

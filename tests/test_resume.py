@@ -1,4 +1,4 @@
-"""What was asked is what is used: kept answers, verdicts, settings and files of people, when a run goes on."""
+"""What was asked is what is used: kept answers, verdicts, settings and people's files when a run goes on."""
 
 import gzip
 import json
@@ -132,7 +132,8 @@ MARKS = b'<<<<<<< HEAD\n{"id": "q0", "response": "0"}\n=======\n{"id": "q0", "re
 
 @pytest.mark.parametrize("content", [
     array(), json.dumps(ANSWERS, indent=2).encode(), CSV, CSV.split(b"\n")[0], gzip.compress(array()),
-    array().decode().encode("utf-16"), MARKS, b'{"id": "q0", "response": "0"}\n{"id": "q1", "resp', b"PK\x03\x04\n\x00"])
+    array().decode().encode("utf-16"), MARKS, b'{"id": "q0", "response": "0"}\n{"id": "q1", "resp',
+    b"PK\x03\x04\n\x00"])
 def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(command, capsys, content):
     argv, out = command
     out.mkdir()
@@ -178,7 +179,8 @@ def test_a_response_that_was_cut_off_is_not_accepted(command, monkeypatch):
     s3ft.main([*argv, "--method=ssr"])
     finished = {row["id"] for row in read_jsonl(out / "predictions.jsonl") if row["finished"]}
     rows = read_jsonl(out / "ssr" / "train.jsonl")
-    assert {row["id"] for row in rows if row["source"] == "prediction"} == finished != {x["id"] for x in QUESTIONS}
+    own_words = {row["id"] for row in rows if row["source"] == "prediction"}
+    assert own_words == finished != {x["id"] for x in QUESTIONS}
 
 
 # ------------------------------------------------------------------------------ settings, paths, a dry run
@@ -238,8 +240,9 @@ def test_a_torn_checkpoint_is_one_line(command, capsys):
     assert "remove it, and the same command trains from the start" in refuse([*argv, "--method=sft"], capsys)
 
 
-@pytest.mark.parametrize("flag", ["--clip=0", "--lr=0", "--alpha=0", "--warmup=100", "--warmup=1", "--dropout=1",
-                                  "--seed=20251125105047", "--seed=-1", "--chat-template-kwargs=[]"])
+@pytest.mark.parametrize("flag", [
+    "--clip=0", "--lr=0", "--alpha=0", "--warmup=100", "--warmup=1", "--dropout=1", "--seed=20251125105047",
+    "--seed=-1", "--chat-template-kwargs=[]"])
 def test_a_value_that_cannot_work_is_refused_at_once(command, capsys, flag):
     argv, out = command
     assert flag.partition("=")[0] in refuse([*argv, "--method=sft", flag], capsys)
