@@ -101,9 +101,10 @@ def between_tags(text: str) -> str:
             text = re.sub(r"^[ \t]*\[DONE\]", DONE, text, flags=re.MULTILINE)
 
     before, begin, after = text.partition(BEGIN)
-    text = after if begin else before
-    text = text.partition(DONE)[0]
-    return text.rpartition(BEGIN)[2]
+    if not begin:
+        return before.partition(DONE)[0]
+    text = after.partition(DONE)[0]
+    return text.rpartition(BEGIN)[2].lstrip(" \t")  # on the line of the tag a blank is no indentation
 
 
 def fenced_parts(text: str) -> list[str]:

@@ -136,6 +136,7 @@ def train(study: Study, out: Path, method: str, name: str, more: list[str]) -> N
         "s3ft.py",
         "--task=custom",
         "--judge=recall",
+        "--prompt=reading",
         *files,
         f"--method={method}",
         f"--name={name}",

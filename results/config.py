@@ -145,7 +145,7 @@ def read_comparison(run: Path) -> Comparison:
     shared = Comparison(**{name: value for name, value in settings.items() if name in names})
     files = brought_by_a_person(shared.files, shared.prompt_file)
     if files and shared.contents != file_digests(files):
-        raise InputError(f"--out {run}: {', '.join(files)}: not the files that the run was begun with; put "
+        raise InputError(f"--out {run}: {', '.join(files)}: not the rows that the run was begun with; put "
                          "those back, or train anew with another --out")
     return shared
 

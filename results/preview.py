@@ -49,17 +49,18 @@ class Rehearsal:
         return self.task.gold(x)
 
     def predict(self, D: list[Example]) -> dict[str, Answer]:
-        return self._ask({x.id: prompt(self.task.predict, x) for x in D}, "training")
+        return self.ask(D, {x.id: prompt(self.task.predict, x) for x in D}, "training")
 
     def paraphrase(self, D: list[Example]) -> dict[str, Answer]:
-        return self._ask({x.id: prompt(self.task.paraphrase, x, self.task.gold(x)) for x in D}, "paraphrase")
+        prompts = {x.id: prompt(self.task.paraphrase, x, self.task.gold(x)) for x in D}
+        return self.ask(D, prompts, "paraphrase")
 
     def sample(self, D: list[Example], k: int) -> dict[str, list[Answer]]:
         rejected = self.predict(D)
         self.responses += (k - 1) * len(D)
         return {id: [y] * k for id, y in rejected.items()}
 
-    def _ask(self, prompts: dict[str, str], kind: str) -> dict[str, Answer]:
+    def ask(self, D: list[Example], prompts: dict[str, str], kind: str, sampling=None) -> dict[str, Answer]:
         for id, user in prompts.items():
             self.check(f"{id} ({kind})", user)
         self.responses += len(prompts)
@@ -95,8 +96,12 @@ def rehearse(method: Callable, job: Job) -> tuple[Task, Splits, object, Rehearsa
 
 
 def warnings(task: Task, splits: Splits, rehearsal: Rehearsal, job: Job) -> list[str]:
-    """A line for each thing that makes training or its result doubtful. These checks cost seconds."""
-    lines = [*unacceptable_golds(task, splits[0]), *shared_rows(splits)]
+    """What was chosen for a person's own rows, and a line for each thing that makes the result doubtful.
+
+    These checks cost seconds.
+    """
+    lines = [task.note] if task.note else []
+    lines += [*unacceptable_golds(task, splits[0]), *shared_rows(splits)]
     if job.machine.device == "cpu":
         lines.append(cpu_hours(rehearsal, job))
     return lines

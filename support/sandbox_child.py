@@ -74,7 +74,20 @@ def capabilities() -> None:
     check(libc.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)))
 
 
-def landlock() -> None:
+def import_numpy(parent: str) -> list[str]:
+    """Import numpy out of the folder `parent`, while files can still be read -> the folders that it needs later on."""
+    own_ctypes = sys.modules.pop("ctypes")
+    sys.modules["ctypes"] = None  # numpy does without
+    sys.path.append(parent)
+    try:
+        import numpy  # noqa: F401
+    finally:
+        sys.path.remove(parent)
+        sys.modules["ctypes"] = own_ctypes
+    return [os.path.join(parent, "numpy"), os.path.join(parent, "numpy.libs")]
+
+
+def landlock(more_folders: list[str]) -> None:
     # 1. Every right that this kernel knows is denied: on files, then TCP (from version 4), then signals (from 6).
     abi = check(libc.syscall(444, None, 0, 1))
     file_rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)
@@ -88,7 +101,8 @@ def landlock() -> None:
 
     # 2. Except to read the libraries.
     library = os.path.dirname(os.path.dirname(os.__file__))
-    for path in (library, *sys.path, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"):
+    system = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+    for path in (library, *sys.path, *system, *more_folders):
         if os.path.exists(path):
             parent = os.open(path, os.O_PATH)
             right = 0b1100 if os.path.isdir(path) else 0b100  # read a file, list a folder
@@ -125,13 +139,13 @@ def seccomp() -> None:
     check(libc.prctl(22, 2, description, 0, 0))  # PR_SET_SECCOMP
 
 
-def lock_down(cpu_seconds: int, memory: int) -> list[str]:
-    """Apply every layer; the names of those that this system does not give."""
+def lock_down(cpu_seconds: int, memory: int, more_folders: list[str]) -> list[str]:
+    """Apply every layer -> the names of those that this system does not give. `more_folders` may be read."""
     layers = {
         "rlimits": lambda: limits(cpu_seconds, memory),
         "no_new_privs": no_new_privs,
         "capabilities dropped": capabilities,
-        "Landlock": landlock,
+        "Landlock": lambda: landlock(more_folders),
         "seccomp": seccomp,
     }
     missing = []
@@ -226,7 +240,7 @@ def run(work: list, scope: dict, reply: int) -> None:
 def prepare() -> tuple[list, dict, int]:
     """Read the job, lock down, compile. Of all that this knows, only what it returns is left when it has returned."""
     # 1. The job, and no way to the outside except the reply.
-    secret, sources, names, cpu_seconds, memory, parent = marshal.loads(sys.stdin.buffer.raw.readall())
+    secret, sources, names, cpu_seconds, memory, parent, numpy_parent = marshal.loads(sys.stdin.buffer.raw.readall())
     reply = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
@@ -234,7 +248,8 @@ def prepare() -> tuple[list, dict, int]:
     os.close(null)
 
     # 2. The layers.
-    missing = lock_down(cpu_seconds, memory)
+    more_folders = import_numpy(numpy_parent) if numpy_parent else []
+    missing = lock_down(cpu_seconds, memory, more_folders)
     if os.getppid() != parent:  # it died before PR_SET_PDEATHSIG
         raise SystemExit
 

@@ -135,7 +135,12 @@ def choose(found: list[Document], scoring: Scoring) -> list[Document]:
 
 
 def score(
-    model, tokenizer, names: list[str], data_dir: Path | str, out_dir: Path | str, scoring: Scoring = ZERO_SHOT
+    model,
+    tokenizer,
+    names: list[str],
+    data_dir: Path | str,
+    out_dir: Path | str,
+    scoring: Scoring = ZERO_SHOT,
 ) -> tuple[dict, list[dict]]:
     """Score a model on the benchmarks `names` -> (scores, the samples that they are the means of, in document
     order).

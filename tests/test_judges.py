@@ -49,6 +49,7 @@ PROGRAM = "def f(x):\n    return x + 1"
     (f"Here it is:\n```python\n{PROGRAM}", PROGRAM),
     ("[[BEGIN]]\n    def f(x):\n        return x + 1\n[[DONE]]", PROGRAM),
     ("[[BEGIN]] x = 1\ny = 2 [[DONE]]", "x = 1\ny = 2"),
+    ("[[BEGIN]] def f():\n return 1 [[DONE]]", "def f():\n return 1"),
     ("[[BEGIN]]\ndef f():\n\treturn 1\n[[DONE]]", "def f():\n\treturn 1"),
     ("\ufeff[[BEGIN]]\r\nx = 1\r\ny = 2\r\n[[DONE]]", "x = 1\r\ny = 2"),
     ("[[BEGIN]]\n\ufeffx = 1\n[[DONE]]", "x = 1"),

@@ -153,6 +153,36 @@ def test_forbidden(action):
     assert attempt(action) in ("PermissionError", "OSError", "AssertionError", "FileNotFoundError")
 
 
+@isolated
+def test_numpy_only_where_it_is_allowed_and_only_to_read(monkeypatch):
+    monkeypatch.setattr(sandbox, "numpy_parent", "")
+    program = "import numpy as np\ndef f(x): return np.int64(x) + np.int64(1)"
+    matrices = "def g():\n    a = np.linalg.inv(np.eye(300) * 2)\n" \
+               "    return a[0, 0], np.random.default_rng(0).normal(size=9).sum() < 9"
+    comparison = "import numpy as np\nassert np.allclose(np.fft.fft([1, 0]), [f(0), 1])"
+    assert not passes(program, EQUALITY)
+
+    sandbox.allow_numpy()
+    assert passes(f"{program}\n{matrices}", EQUALITY, "assert g() == (0.5, True)", comparison)
+    assert not passes(program, "assert f(1) == 3", EQUALITY) and not passes(WRONG + "\n# numpy", EQUALITY)
+    numpy = str(Path(sandbox.numpy_parent) / "numpy" / "__init__.py")
+    other = str(Path(pytest.__file__))
+    assert attempt(f"import numpy; open({numpy!r}).read(); assert os.environ['OMP_NUM_THREADS'] == '1'") == "done"
+    for action in (f"import numpy; open({other!r})", f"import numpy; open({numpy!r}, 'a')", "import numpy; os.fork()",
+                   f"import numpy; os.listdir({sandbox.numpy_parent!r})", "import numpy; open('/etc/passwd')",
+                   "import numpy, socket; socket.socket()", "import numpy; numpy.zeros(1 << 40)",
+                   "import numpy; numpy.zeros(3).tofile('a')"):
+        refused = ("PermissionError", "OSError", "FileNotFoundError", "_ArrayMemoryError", "MemoryError")
+        assert attempt(action) in refused
+    assert attempt("import numpy, ctypes") == "killed"
+
+
+def test_numpy_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="numpy is not installed"):
+        sandbox.allow_numpy()
+
+
 def test_there_is_no_input():
     assert attempt("import sys; assert sys.stdin.read() == '' and os.read(0, 1) == b''") == "done"
 
