@@ -22,7 +22,7 @@ import train
 from bench.memory import SHAPES
 from engine.decoding import Ending, Row
 from engine.model import best_device, peak_memory_gib
-from engine.slots import SlotCache, forward_in_slots, one_token_cache, slots_in_memory
+from engine.slots import SlotCache, forward_in_slots, layers_of, slots_in_memory
 from generate import generate_rows
 from support.cli import exit_cleanly
 from support.files import write_json, write_text
@@ -91,8 +91,8 @@ def weights_of(model) -> int:
 @torch.no_grad()
 def decode_step(model, slots: int, limits: dict) -> dict:
     """One decode step of `slots` rows of CONTEXT tokens, beside the least time its bytes and its operations need."""
-    probe = one_token_cache(model)
-    cache, rows = SlotCache(probe, slots, CONTEXT + 1), [[3] * CONTEXT for _ in range(slots)]
+    layers = layers_of(model)
+    cache, rows = SlotCache(layers, slots, CONTEXT + 1), [[3] * CONTEXT for _ in range(slots)]
 
     def step():
         forward_in_slots(model, cache, first_slot=0, sequences=rows, width=1)[0, 0].item()
@@ -100,7 +100,7 @@ def decode_step(model, slots: int, limits: dict) -> dict:
     for _ in range(3):
         step()
     spent = min(seconds(model.device, step) for _ in range(10))
-    token_bytes = sum(t.nbytes for layer in probe.layers for t in (layer.keys, layer.values))
+    token_bytes = sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
     weights = weights_of(model)
     memory = (weights * model.dtype.itemsize + slots * CONTEXT * token_bytes) / limits["bytes/s"]
     arithmetic = 2 * weights * slots / limits["operations/s"]
@@ -160,7 +160,7 @@ def train_steps(model, steps: int, limits: dict) -> dict:
 def measure(model, args) -> dict:
     limits = machine_limits(model)
     rows = make_rows(model.config.vocab_size, args.prompts)
-    slots = min(len(rows), slots_in_memory(one_token_cache(model), max(row.limit for row in rows), None))
+    slots = min(len(rows), slots_in_memory(layers_of(model), max(row.limit for row in rows), None))
     steps = [decode_step(model, n, limits) for n in sorted({min(n, slots) for n in (64, 128, 256)})]
     ours(model, make_rows(model.config.vocab_size, 8))  # warms up
     others = make_rows(model.config.vocab_size, args.peer_prompts)
