@@ -1,24 +1,25 @@
-"""Judges: is a response equivalent to the gold? They are `=` in lines 5 and 9 of Algorithm 1 (paper, A.3 and A.5).
+"""Judges: is a response equivalent to the gold? They are `=` in lines 5 and 9 of Algorithm 1 (A.3, A.5).
 
-numeric, for GSM8K: the last number of the response equals the last number of the gold (A.3). What counts as a number
-    stands in support/numerals.py, with a table.
-code, for MBPP: the program in the response passes every test of its row. support/sandbox.py runs it, and says what
-    that covers.
+numeric, for GSM8K: response and gold end in the same number (A.3). The table in support/numerals.py says what
+    counts as a number.
+code, for MBPP: the program in the response passes every test of its row. support/sandbox.py runs
+    it, and says what that covers.
 llm, for NQ: a language model reads the prompt of Fig. 8. True or False is read off its reply.
-recall, for short golds: every word of the gold is in the response. Where there is no answer, the response abstains.
-    This judge is ours.
+recall, for short golds: every word of the gold is in the response. Where there is no answer, the
+    response abstains. This judge is ours.
 
-No judge accepts a blank response. A new judge is one function (example, response) -> bool and one entry of JUDGES, at
-the end of this file.
+No judge accepts a blank response. A new judge is one function (example, response) -> bool and one entry of
+JUDGES, at the end of this file.
 
 Where `recall` differs from the published definitions:
-1. Abstention. The phrases are those that Slobodkin et al. (2023) count, but as whole words ("n/a" is not found in
-   "corn/apples"). Those that they count as the whole reply only, we take without the blanks and marks around it
-   ("Unknown." is "unknown").
-2. Token recall. The normalisation is SQuAD's (v1.1 script), the overlap that of multisets. A gold of which that leaves
-   nothing ("A", "the") would be recalled by every response: there, the whole response must be the gold.
-3. Marks. SQuAD drops ASCII punctuation only. We drop that of Unicode too, so that “Paris” is Paris. A decimal point
-   stays, so that 4.5 is not 45.
+1. Abstention. The phrases are those that Slobodkin et al. (2023) count, but as whole words ("n/a" is not
+   found in "corn/apples"). Those that they count as the whole reply only, we take without the blanks and
+   marks around it ("Unknown." is "unknown").
+2. Token recall. The normalisation is SQuAD's (v1.1 script), the overlap that of multisets. A gold of which
+   that leaves nothing ("A", "the") would be recalled by every response: there, the whole response must be the
+   gold.
+3. Marks. SQuAD drops ASCII punctuation only. We drop that of Unicode too, so that “Paris” is Paris. A decimal
+   point stays, so that 4.5 is not 45.
 """
 
 import ast
@@ -46,7 +47,7 @@ def is_blank(text: str) -> bool:
 
 
 def numeric(response: str, gold: str) -> bool:
-    """Do both end in the same number (A.3)? False where either has none. support/numerals.py says what a number is."""
+    """Do both end in the same number (A.3)? False where either has none. See support/numerals.py."""
     return same_number(last_number(response), last_number(gold))
 
 
@@ -57,7 +58,8 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 DEFINITION = re.compile(
-    r"^[ \t]*(?:async[ \t]+)?(?:def[ \t]+(\w+)[ \t]*[(\[]|class[ \t]+(\w+)[ \t]*[(:\[])|^(\w+)[ \t]*=(?!=)", re.MULTILINE
+    r"^[ \t]*(?:async[ \t]+)?(?:def[ \t]+(\w+)[ \t]*[(\[]|class[ \t]+(\w+)[ \t]*[(:\[])|^(\w+)[ \t]*=(?!=)",
+    re.MULTILINE,
 )
 CODE_LINE = re.compile(  # what an unindented line of a program begins with
     r"\s|[#@)\]}]|[rbfu]?['\"]|(?:def|class|async|import|from|if|elif|else|for|while|try|except|finally|with|del|assert)\b"
@@ -68,14 +70,15 @@ CODE_LINE = re.compile(  # what an unindented line of a program begins with
 def extract_code(response: str, tests: Sequence[str] = ()) -> str:
     """The program of a response: between the tags, else in a code fence, else all of it. Never an exception.
 
-    What a model thinks before it answers, up to </think>, is left out. The first [[DONE]] after a [[BEGIN]] ends the
-    program, as it ends a generation that stops there. Of several [[BEGIN]] before it the last counts. Without [[DONE]]
-    the program goes on to the end, without [[BEGIN]] it begins at the start. Where there are no such tags, MBPP's own
-    [BEGIN] and [DONE] count.
+    What a model thinks before it answers, up to </think>, is left out. The first [[DONE]] after a [[BEGIN]]
+    ends the program, as it ends a generation that stops there. Of several [[BEGIN]] before it the last
+    counts. Without [[DONE]] the program goes on to the end, without [[BEGIN]] it begins at the start. Where
+    there are no such tags, MBPP's own [BEGIN] and [DONE] count.
 
-    A fence inside the tags is taken off, and an open one goes on to the end. Of several fences, and a program that
-    stands before them, the first counts that defines a function which `tests` call. Where none does, the first counts.
-    A byte order mark, blank ends and a common indentation are removed. All other characters stay.
+    A fence inside the tags is taken off, and an open one goes on to the end. Of several fences, and a program
+    that stands before them, the first counts that defines a function which `tests` call. Where none does, the
+    first counts. A byte order mark, blank ends and a common indentation are removed. All other characters
+    stay.
     """
     text = between_tags(after_thoughts(response))
     parts = fenced_parts(text)
@@ -108,7 +111,7 @@ def between_tags(text: str) -> str:
 
 
 def fenced_parts(text: str) -> list[str]:
-    """The programs that a text may hold, in their order: one before the fences, then those inside. At least one."""
+    """The programs that a text may hold, at least one: that before the fences, then those inside."""
     fences = list(FENCE.finditer(text))
     if not fences:
         return [text]
@@ -139,7 +142,7 @@ def defined_names(text: str) -> set[str]:
 
 @functools.cache
 def tested_names(tests: tuple[str, ...]) -> set[str]:
-    """The names in a row's tests that the program has to define. Where all are builtins (MBPP 126: `sum`), those."""
+    """The names in a row's tests that the program has to define. All builtins (MBPP 126: `sum`): those."""
     used, own = set(), set()
     for test in tests:
         try:
@@ -181,9 +184,10 @@ def code(response: str, tests: Sequence[str], setup: str = "", timeout: float = 
 
 
 LLM_JUDGE = """\
-You are a helpful assistant acting as an impartial judge. You will be given a Question, a Reference Answer, and a \
-Provided Answer. Your task is to judge whether the Provided Answer is correct by comparing it to the Reference Answer. \
-If the Provided Answer is correct, choose only 'True', otherwise choose only 'False'. Question: {{question}}
+You are a helpful assistant acting as an impartial judge. You will be given a Question, a Reference Answer, \
+and a Provided Answer. Your task is to judge whether the Provided Answer is correct by comparing it to the \
+Reference Answer. If the Provided Answer is correct, choose only 'True', otherwise choose only 'False'. \
+Question: {{question}}
 Provided Answer:
 {{predicted_response}}
 Reference Answer:
@@ -192,7 +196,8 @@ Decision: [True/False]"""  # Fig. 8
 VERDICT = re.compile(
     r"""
     # The choice, echoed, decides nothing: True/False, only 'True' or 'False'.
-    (?: \b only \W+ )? \b (?: true|false ) ['"”’*`]* \s* (?: / | \| | , | \b or \b ) \s* ['"“‘*`]* (?: true|false ) \b
+    (?: \b only \W+ )? \b (?: true|false ) ['"”’*`]* \s*
+        (?: / | \| | , | \b or \b ) \s* ['"“‘*`]* (?: true|false ) \b
     # Nor does a question: true?
   | \b (?: true|false ) \s* \?
     # The instruction, repeated (only 'True'), or a condition: whether it is true.
@@ -206,7 +211,8 @@ VERDICT = re.compile(
 )
 CALLS_WRONG = re.compile(
     r"""
-    (?<! not\s ) (?<! n['’]t\s ) (?<! nothing\s ) \b (?: wrong|incorrect|inaccurate|mistaken|erroneous|untrue ) \b
+    (?<! not\s ) (?<! n['’]t\s ) (?<! nothing\s )
+        \b (?: wrong|incorrect|inaccurate|mistaken|erroneous|untrue ) \b
   | (?: \b not | n['’]t ) \s+ (?: \w+ \s+ )? (?: correct|right|accurate|match|equivalent ) \b
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -217,9 +223,9 @@ FIRST_REPLIES = 20  # if none of them holds a verdict, something is wrong with t
 def parse_verdict(reply: str) -> bool | None:
     """The first word true or false of a reply, "not true" being False. None: the reply holds no verdict.
 
-    That is so where the words are missing or stand in thoughts only, where the instruction is repeated or a condition
-    named before them, and for "not false". A reply that says true and then false, or true of an answer that it calls
-    wrong, holds no verdict either.
+    That is so where the words are missing or stand in thoughts only, where the instruction is repeated or a
+    condition named before them, and for "not false". A reply that says true and then false, or true of an
+    answer that it calls wrong, holds no verdict either.
     """
     reply = THOUGHTS_END.split(reply)[-1]
     if "<think" in reply.lower():
@@ -257,7 +263,9 @@ class LLMJudge:
         self.unparsed = 0
 
     def verdicts(self, pairs: Sequence[tuple[Example, str]]) -> list[bool | None]:
-        """The verdict on each (example, response), None where the reply holds none. A blank response is not asked about.
+        """The verdict on each (example, response), None where the reply holds none.
+
+        A blank response is not asked about: its verdict is False.
 
         InputError: of the first 20 replies, none held a verdict.
         """
@@ -268,9 +276,9 @@ class LLMJudge:
         self.unparsed += read.count(None)
         if FIRST_REPLIES <= self.asked == self.unparsed:
             raise InputError(
-                f"the LLM judge: none of its first {self.asked} replies says True or False (one is {replies[-1][:60]!r}); "
-                "a model that thinks first needs --chat-template-kwargs '{\"enable_thinking\": false}', another model may "
-                "not be able to judge"
+                f"the LLM judge: none of its first {self.asked} replies says True or False (one is "
+                f"{replies[-1][:60]!r}); a model that thinks first needs --chat-template-kwargs "
+                "'{\"enable_thinking\": false}', another model may not be able to judge"
             )
         in_order = iter(read)
         return [False if is_blank(response) else next(in_order) for _, response in pairs]
@@ -286,9 +294,16 @@ def llm_prompt(x: Example, response: str) -> str:
 
 
 MAX_WORDS = 50  # so that reciting the context is no answer
-ABSTENTIONS = ("unanswerable", "n/a", "idk", "i don't know", "not known", "answer not in context",
-               "the answer is unknown")
-WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # these count only as the whole reply
+ABSTENTIONS = (
+    "unanswerable",
+    "n/a",
+    "idk",
+    "i don't know",
+    "not known",
+    "answer not in context",
+    "the answer is unknown",
+)
+WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # only as the whole reply
 BEYOND_ASCII = [chr(code) for code in range(0x80, 0x10000)]
 PUNCTUATION = string.punctuation + "".join(c for c in BEYOND_ASCII if unicodedata.category(c).startswith("P"))
 NO_PUNCTUATION = str.maketrans("", "", PUNCTUATION)
@@ -339,9 +354,10 @@ def abstains(response: str) -> bool:
 
 
 def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequence[str] = ()) -> bool:
-    """Does a response of at most 50 words hold every word of a gold? Where there is no answer: does it abstain at once?
+    """Does a response of at most 50 words hold every word of a gold? Without one: does it abstain at once?
 
-    Longer ones are rejected, because whoever recites the context has every word. So is an answer that abstains later.
+    Longer ones are rejected, because whoever recites the context has every word. So is an answer that
+    abstains later.
     """
     if is_blank(response) or len(response.split()) > MAX_WORDS:
         return False
@@ -380,14 +396,14 @@ def workers() -> int:
 
 
 def judge_all(name: str, pairs: Sequence[tuple[Example, str]], generate=None) -> Iterator[bool | None]:
-    """Verdicts on (example, response) pairs, in their order, as they come. None: the LLM judge's reply holds none.
+    """Verdicts on (example, response) pairs, in their order, as they come. None: the LLM gave none.
 
-    "llm" asks `generate` (see LLMJudge). Programs run in parallel, one a core. Their limit is CPU time, so that a busy
-    machine changes no verdict.
+    "llm" asks `generate` (see LLMJudge). Programs run in parallel, one a core. Their limit is CPU time, so
+    that a busy machine changes no verdict.
     """
     if name == "llm":
         judge = LLMJudge(generate)
-        yield from judge.verdicts(pairs[:FIRST_REPLIES])  # few at first: a judge that cannot judge says so at once
+        yield from judge.verdicts(pairs[:FIRST_REPLIES])  # few at first: a judge that cannot judge ends here
         for start in range(FIRST_REPLIES, len(pairs), LLM_BATCH):
             yield from judge.verdicts(pairs[start : start + LLM_BATCH])
         return

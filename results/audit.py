@@ -9,13 +9,14 @@ The columns to fill:
     likert    0 to 4: how good is the response? It may stay empty, or be filled alone. Then 3 and 4 mean yes.
     human2    yes or no of a second person. The report says how well the two people agree.
 
-The paper's judges say True or False (A.5, Fig. 8), and its human study gives one accuracy for each, so yes and no are what
-counts. The scale of 0 to 4 is SSR's for human relevance (arXiv 2409.04787). That 3 is the first right mark is our decision.
+The paper's judges say True or False (A.5, Fig. 8), and its human study gives one accuracy for each, so yes
+and no are what counts. The scale of 0 to 4 is SSR's for human relevance (arXiv 2409.04787). That 3 is the
+first right mark is our decision.
 
-The rows come from what the run has judged: predictions and paraphrases of the training set, and the test answers of the
-base model and of each trained one. Accepted and rejected ones are drawn in their own proportion (at least one of each), so
-agreement and rates need no weights. The CSV does not show the verdict. RUN/audit.jsonl keeps it, with the row number as the
-key, so the sheet may be sorted.
+The rows come from what the run has judged: predictions and paraphrases of the training set, and the test
+answers of the base model and of each trained one. Accepted and rejected ones are drawn in their own
+proportion (at least one of each), so agreement and rates need no weights. The CSV does not show the verdict.
+RUN/audit.jsonl keeps it, with the row number as the key, so the sheet may be sorted.
 """
 
 import csv
@@ -32,14 +33,17 @@ from support.stats import kappa, wilson
 
 TO_FILL = ("human", "likert", "human2")
 COLUMNS = ("row", "question", "context", "gold", "response", *TO_FILL)
-YES_OR_NO = {"yes": True, "y": True, "true": True, "1": True, "no": False, "n": False, "false": False, "0": False}
+YES, NO = ("yes", "y", "true", "1"), ("no", "n", "false", "0")
+YES_OR_NO = dict.fromkeys(YES, True) | dict.fromkeys(NO, False)
 LIKERT = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4}
 LIKERT_RIGHT = 3  # the first mark that means yes
 PAPER = "the paper's human study: 96 % of 50 responses to GSM8K, 86 % of 200 to NQ judged as people do"
-HOW_TO_FILL = "fill the column human with yes or no (likert, human2: optional), then give the same command again"
+HOW_TO_FILL = "fill the column human with yes or no (likert, human2: if you like), then give the command again"
 
 
-def audit(run: Path, examples: list[Example], n: int, seed: int = 0, test_examples: Sequence[Example] = ()) -> str:
+def audit(
+    run: Path, examples: list[Example], n: int, seed: int = 0, test_examples: Sequence[Example] = ()
+) -> str:
     """Draw the sample, or score it where a person has filled it in -> what to tell the user.
 
     `examples` are the training rows, `test_examples` the test rows. Without these no test answers are drawn.
@@ -76,13 +80,14 @@ def judged_responses(run: Path, examples: Sequence[Example], test_examples: Sequ
         rows += judged_rows(answers, f"{answers.parent.name}/test", test_examples)
     if not rows:
         raise InputError(
-            f"--audit: {run} has no judged predictions or paraphrases and no test answers; run s3ft.py --method s3ft first"
+            f"--audit: {run} has no judged predictions or paraphrases and no test answers; "
+            "run s3ft.py --method s3ft first"
         )
     return rows
 
 
 def judged_rows(path: Path, kind: str, examples: Sequence[Example]) -> list[dict]:
-    """The responses in `path` with what the sheet shows of each, and its verdict out of the file beside it."""
+    """The responses in `path` with what the sheet shows of each, and its verdict from the file beside it."""
     by_id = {x.id: x for x in examples}
     responses = {row["id"]: row["response"] for row in resume_jsonl(path)}
     rows = []
@@ -103,7 +108,7 @@ def judged_rows(path: Path, kind: str, examples: Sequence[Example]) -> list[dict
 
 
 def draw(rows: list[dict], n: int, seed: int) -> list[dict]:
-    """`n` rows at random, accepted and rejected in their proportion, at least one of each, in a random order."""
+    """`n` rows at random, in a random order: accepted and rejected in proportion, at least one of each."""
     rng = random.Random(seed)
     n = min(n, len(rows))
     accepted = [row for row in rows if row["accepted"]]
@@ -178,7 +183,7 @@ def cell(row: dict, field: str) -> str:
 
 
 def score(marked: dict[int, dict], drawn: dict[int, dict]) -> dict:
-    """Judge against person over all rows and by kind, the Likert marks, and the two people against each other.
+    """Judge against person, over all rows and by kind, the Likert marks, and one person against the other.
 
     `marked`: row number -> its marks, all with `human`. `drawn`: row number -> its kind and verdict.
     """
@@ -213,8 +218,8 @@ def score(marked: dict[int, dict], drawn: dict[int, dict]) -> dict:
 def compare(judge: list[bool], human: list[bool]) -> dict:
     """Agreement, kappa, and both kinds of error, each with its counts and Wilson's interval.
 
-    false_accept: of the responses that the person calls wrong, the share that the judge accepted. false_reject: of the
-    right ones, the share that it rejected.
+    false_accept: of the responses that the person calls wrong, the share that the judge accepted.
+    false_reject: of the right ones, the share that it rejected.
     """
     pairs = list(zip(judge, human, strict=True))
     verdicts_on_wrong = [accepted for accepted, right in pairs if not right]

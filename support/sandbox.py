@@ -43,10 +43,10 @@ Not covered:
   not limited. It does not tell how long a program waited for a core: one is ended after 10 s and five times
   its CPU limit, by the clock. CPU time, open files and how verdicts are made are as above.
 
-A program that needs a file, a socket (asyncio too), a child process, standard input, ctypes or a tracer fails.
-One that needs numpy fails too, except after `allow_numpy`. Then the child imports numpy before it locks itself
-down, and its program can read numpy's files as well. numpy gives a program one more way to read and write the
-interpreter's memory. All else that is covered stays covered.
+A program that needs a file, a socket (asyncio too), a child process, standard input, ctypes or a tracer
+fails. One that needs numpy fails too, except after `allow_numpy`. Then the child imports numpy before it
+locks itself down, and its program can read numpy's files as well. numpy gives a program one more way to read
+and write the interpreter's memory. All else that is covered stays covered.
 """
 
 import ast
@@ -156,7 +156,7 @@ def take_apart(tests: Sequence[str]) -> tuple[list, list, list]:
 
 
 def split_equality(statement: ast.stmt) -> tuple[str, object, bool] | None:
-    """`assert CALL == LITERAL` as (call, literal, pure). Not pure: a builtin stands around a call of the program."""
+    """`assert CALL == LITERAL` as (call, literal, pure). Not pure: a builtin is around a program's call."""
     match statement:
         case ast.Assert(test=ast.Compare(left=call, ops=[ast.Eq()], comparators=[literal])):
             pass
@@ -176,7 +176,7 @@ def split_equality(statement: ast.stmt) -> tuple[str, object, bool] | None:
 
 
 def split_claim(statement: ast.stmt, start: int) -> tuple[list[str], str] | None:
-    """`assert E` as (calls of the program in E, E over their values). None: something of the program is left in E."""
+    """`assert E` as (calls of the program in E, E over their values). None: E holds more of the program."""
     if not isinstance(statement, ast.Assert):
         return None
     lift = _LiftCalls(start, statement.test)
@@ -218,7 +218,7 @@ class _LiftCalls(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def of_program(self, node: ast.Call) -> bool:
-        """Is it a call of the program? In a test without a name of the program, the innermost builtins are such calls.
+        """Is it a call of the program? In a test without a name of the program, the innermost builtins are.
 
         MBPP 126 asks for a function `sum`.
         """
@@ -296,7 +296,7 @@ def plain(line: bytes) -> object:
 
 
 def read(child: subprocess.Popen, cpu_seconds: float) -> bytes:
-    """Everything that a child writes up to its end. Nothing, if that is too much or the child has slept too long."""
+    """Everything that a child writes up to its end. Nothing, if it is too much or the child slept long."""
     start = time.monotonic()
     check_at = start + SLEEP_SECONDS
     poll = select.poll()

@@ -1,4 +1,4 @@
-"""Drawing judged rows for a person, and the agreement with what the person says, against calculations by hand."""
+"""Drawing judged rows for a person, and the agreement with that person, against calculations by hand."""
 
 import csv
 import json
@@ -14,12 +14,14 @@ from support.stats import kappa, wilson
 
 @pytest.fixture
 def run(tmp_path):
-    """30 predictions, 18 of them accepted; 12 paraphrases, 6 of them accepted, one with a verdict that could not be read."""
+    """30 predictions, 18 of them accepted; 12 paraphrases, 6 of them accepted, one with an unreadable verdict."""
     for kind, count, right in (("predictions", 30, 18), ("paraphrases", 12, 6)):
         texts = [f"={kind} {i},\n\"quoted\"" for i in range(count)]
         verdicts = [i < right or (None if i == 11 else False) for i in range(count)]
-        write_jsonl(tmp_path / f"{kind}.jsonl", [{"id": f"r{i}", "response": text} for i, text in enumerate(texts)])
-        write_jsonl(tmp_path / f"{kind}.judged.jsonl", [{"id": f"r{i}", "accepted": v} for i, v in enumerate(verdicts)])
+        write_jsonl(tmp_path / f"{kind}.jsonl", [{"id": f"r{i}",
+            "response": text} for i, text in enumerate(texts)])
+        write_jsonl(tmp_path / f"{kind}.judged.jsonl", [{"id": f"r{i}",
+            "accepted": v} for i, v in enumerate(verdicts)])
     return tmp_path
 
 
@@ -53,7 +55,8 @@ def test_a_sample_in_the_proportion_of_the_verdicts(run):
         number = key["id"][1:]
         assert (row["row"], key["row"], row["human"]) == (str(i), i, "")
         assert row["response"] == f"'={key['kind']} {number},\n\"quoted\""  # no formula for a spreadsheet
-        assert (row["question"], row["context"], row["gold"]) == (f"question {number}", f"context {number}", f"gold {number}")
+        shown = (row["question"], row["context"], row["gold"])
+        assert shown == (f"question {number}", f"context {number}", f"gold {number}")
     assert len({(key["kind"], key["id"]) for key in keys}) == 14
 
 
@@ -68,9 +71,11 @@ def test_the_sample_depends_on_the_seed_alone(run):
 
 def test_a_rare_verdict_is_drawn_and_more_rows_than_there_are_is_all(tmp_path):
     write_jsonl(tmp_path / "predictions.jsonl", [{"id": f"r{i}", "response": "a"} for i in range(30)])
-    write_jsonl(tmp_path / "predictions.judged.jsonl", [{"id": f"r{i}", "accepted": i > 0} for i in range(30)])
+    write_jsonl(tmp_path / "predictions.judged.jsonl", [{"id": f"r{i}",
+        "accepted": i > 0} for i in range(30)])
     audit(tmp_path, D, 5)
-    assert sorted(key["accepted"] for key in read_jsonl(tmp_path / "audit.jsonl")) == [False, True, True, True, True]
+    keys = read_jsonl(tmp_path / "audit.jsonl")
+    assert sorted(key["accepted"] for key in keys) == [False, True, True, True, True]
     (tmp_path / "audit.csv").unlink()
     audit(tmp_path, D, 500)
     assert len(sheet(tmp_path)) == 30
@@ -97,7 +102,8 @@ def test_rows_left_blank_are_left_out(run):
 def test_test_answers_are_drawn_beside_the_training_responses(run):
     test = [Example(f"r{i}", f"test question {i}", f"test gold {i}", aliases=("or this",)) for i in range(10)]
     for name in ("base", "s3ft"):
-        write_jsonl(run / name / "test.jsonl", [{"id": f"r{i}", "response": f"{name} {i}"} for i in range(10)])
+        write_jsonl(run / name / "test.jsonl", [{"id": f"r{i}",
+            "response": f"{name} {i}"} for i in range(10)])
         write_jsonl(run / name / "test.judged.jsonl", [{"id": f"r{i}", "accepted": i < 5} for i in range(10)])
     write_jsonl(run / "base" / "on_mbpp" / "test.jsonl", [{"id": "r1", "response": "of another task"}])
     audit(run, D, 500, test_examples=test)
@@ -109,7 +115,8 @@ def test_test_answers_are_drawn_beside_the_training_responses(run):
         number = key["id"][1:]
         if key["kind"].endswith("/test"):
             shown = (row["question"], row["gold"], row["response"])
-            assert shown == (f"test question {number}", f"test gold {number} / or this", f"{key['kind'][:-5]} {number}")
+            response = f"{key['kind'][:-5]} {number}"
+            assert shown == (f"test question {number}", f"test gold {number} / or this", response)
 
     fill(run, ["yes" if key["accepted"] else "no" for key in keys])
     text = audit(run, D, 500, test_examples=test)
@@ -124,7 +131,7 @@ def test_a_run_with_test_answers_only(tmp_path):
 
 
 def test_likert_marks(run):
-    """3 and 4 mean yes where the column human is empty. The means are those of accepted and of rejected responses."""
+    """3 and 4 mean yes where the column human is empty. The means are of accepted and rejected responses."""
     audit(run, D, 14)
     verdicts = [key["accepted"] for key in read_jsonl(run / "audit.jsonl")]
     good, bad = iter([4, 3, 3, 2]), iter([0, 1, 3])
@@ -132,7 +139,7 @@ def test_likert_marks(run):
     marks[verdicts.index(True)]["human"] = "no"  # the word decides: this is the response with the mark 4
     fill(run, marks)
     text = audit(run, D, 14)
-    assert "7 of 14 rows marked" in text and "agreement: 4 of 7" in text  # two of the good ones, two of the bad ones
+    assert "7 of 14 rows marked" in text and "agreement: 4 of 7" in text  # two good ones and two bad ones
     assert "mean mark (0 to 4) of accepted responses: 3.00 (n = 4)" in text
     assert "mean mark (0 to 4) of rejected responses: 1.33 (n = 3)" in text
 
@@ -145,7 +152,8 @@ def test_two_raters_by_hand(run):
     audit(run, D, 14)
     pairs = [("yes", "yes")] * 5 + [("no", "no")] * 2 + [("yes", "no")] * 3 + [("yes", "")] * 4
     fill(run, [{"human": first, "human2": second} for first, second in pairs])
-    assert "the two people agree: 7 of 10, 70.0% (95 % interval 39.7% to 89.2%); Cohen's kappa 0.40" in audit(run, D, 14)
+    agreement = "the two people agree: 7 of 10, 70.0% (95 % interval 39.7% to 89.2%); Cohen's kappa 0.40"
+    assert agreement in audit(run, D, 14)
     raters = json.loads((run / "audit.json").read_text())["raters"]
     assert raters["kappa"] == pytest.approx(0.4) and raters["agreement"]["count"] == 7
 
@@ -177,7 +185,8 @@ def test_agreement_by_hand():
 def test_kappa_at_its_ends():
     assert kappa([True, False], [True, False]) == 1 and kappa([True, False], [False, True]) == -1
     assert kappa([True, True, False, False], [True, False, True, False]) == 0
-    assert kappa([True, True], [True, True]) is None and compare([True], [True])["false_accept"]["rate"] is None
+    assert kappa([True, True], [True, True]) is None and compare([True],
+        [True])["false_accept"]["rate"] is None
 
 
 @pytest.mark.parametrize(("change", "message"), [

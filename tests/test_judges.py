@@ -148,13 +148,15 @@ def test_every_test_must_pass_and_there_must_be_one():
     (None, ["", "[True/False]", "untrue", "truely", "Truefalse", "falsehood", "True or False", "True|False",
             "not false", "correct", "Yes",
             "If the Provided Answer is correct, choose only 'True', otherwise choose only 'False'.",
-            "If the answer is correct, choose True, otherwise False. True", "It is true that the answer is wrong",
-             "True. Actually, False",
-             "True, but the Provided Answer is incorrect.", "The answer is wrong. True", "True... no, not true",
+            "If the answer is correct, choose True, otherwise False. True",
+            "It is true that the answer is wrong", "True. Actually, False",
+             "True, but the Provided Answer is incorrect.", "The answer is wrong. True",
+             "True... no, not true",
              "It is true that the answer is not correct", "It is true that it does not match the Reference",
              "If the Provided Answer is correct, choose only 'True'", "I must decide whether it is true",
              "Is it true? No.", "'True' or 'False'", "True, False", "choose only 'True' or 'False'",
-             "<think>\nOkay, it is true that", "<think>true</think>", "It would be true", "T", "истина", "\ud800"]),
+             "<think>\nOkay, it is true that", "<think>true</think>", "It would be true", "T", "истина",
+             "\ud800"]),
 ])
 def test_verdict_parsing(verdict, replies):
     assert {reply: parse_verdict(reply) for reply in replies} == dict.fromkeys(replies, verdict)
@@ -185,7 +187,8 @@ def test_a_blank_response_is_never_accepted():
     for blank in ("", " \n\t", "\u200b\ufeff", "\xa0\0"):
         assert [list(judge_all(name, [(row, blank)])) for name in JUDGES] == [[False]] * len(JUDGES)
         assert not any(judge(row, blank) for judge in JUDGES.values())
-        assert LLMJudge(lambda prompts: ["True"] * len(prompts)).verdicts([(row, "x"), (row, blank)]) == [True, False]
+        assert LLMJudge(lambda prompts: ["True"] * len(prompts)).verdicts([(row, "x"),
+        (row, blank)]) == [True, False]
 
 
 def test_a_judge_of_ones_own_never_accepts_a_blank_response_either(monkeypatch):
@@ -201,7 +204,7 @@ def test_a_judge_without_a_verdict_in_its_first_20_replies_says_so_at_once():
         return ["<think>\nOkay, so the"] * len(prompts)
 
     pairs = [(Example(str(i), "q", "a"), "r") for i in range(600)]
-    with pytest.raises(InputError, match="none of its first 20 replies says True or False.*Okay, so.*enable_thinking"):
+    with pytest.raises(InputError, match="none of its first 20 replies.*Okay, so.*enable_thinking"):
         list(judge_all("llm", pairs, thinking))
     assert len(asked) == 20
     assert list(judge_all("llm", pairs[:19], thinking)) == [None] * 19
@@ -243,9 +246,11 @@ def test_token_recall(response, gold, expected):
 
 @pytest.mark.parametrize("response, gold, accepted", [
     ("The answer is “Paris”.", "Paris", True), ("„Paris“", "Paris", True), ("«Paris»…", "Paris", True),
-    ("Paris", "“Paris”", True), ("It’s Schindler’s List", "Schindler's List", True), ("1990–1995", "1990-1995", True),
+    ("Paris", "“Paris”", True), ("It’s Schindler’s List", "Schindler's List", True),
+    ("1990–1995", "1990-1995", True),
     ("「Paris」。", "Paris", True), ("“A”.", "A", True), ("दिल्ली", "दिल्ली", True), ("दिल्ला", "दिल्ली", False),
-    ("45", "4.5", False), ("4.5", "45", False), ("It rose by 4.5.", "4.5", True), ("5", ".5", False), ("4,5", "45", False),
+    ("45", "4.5", False), ("4.5", "45", False), ("It rose by 4.5.", "4.5", True), ("5", ".5", False),
+    ("4,5", "45", False),
     ("4500", "4,500", True), ("10000000", "10,000,000", True), ("4.5%", "4.5 %", True), ("4,5", "4.5", True),
     ("4.5", "4", False), ("Version 1.2.3", "1.2.3", True), ("U.S.A.", "USA", True),
 ])
@@ -253,7 +258,8 @@ def test_recall_and_the_marks_of_unicode(response, gold, accepted):
     assert recall(response, gold) is accepted
 
 
-@pytest.mark.parametrize("response", ["“Unanswerable”.", "„unanswerable“", "«Unknown»", "I don‘t know…", "“N/A”"])
+@pytest.mark.parametrize("response", ["“Unanswerable”.", "„unanswerable“", "«Unknown»", "I don‘t know…",
+    "“N/A”"])
 def test_an_abstention_in_marks_of_unicode(response):
     assert recall(response, "unanswerable", unanswerable=True) and not recall(response, "unanswerable")
     assert not recall(f"Paris. {response}", "", unanswerable=True)

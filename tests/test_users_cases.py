@@ -11,7 +11,7 @@ from support.numerals import last_number, mark_differs, marked_number, same_numb
 
 
 def test_a_boxed_answer_in_a_sentence_is_counted_for_the_report():
-    """The verdict stays the paper's: the last number. 277 of 5,256 right boxed answers go on with a sentence."""
+    """The verdict stays the paper's: the last number. 277 of 5,256 boxed answers are right and go on."""
     response = "So she eats \\boxed{7} dozens of eggs in 4 weeks."
     assert marked_number(response) == 7 and mark_differs(response)
     assert last_number(response) == 4
@@ -33,7 +33,8 @@ def test_numbers(response, gold, accepted):
 
 
 def test_a_number_is_the_same_in_every_way_to_write_it():
-    for text in ("118000", "118,000", "118 000", "118\u00a0000", "118'000", "118{,}000", "118\\,000", "1.18e5", "236000/2"):
+    for text in ("118000", "118,000", "118 000", "118\u00a0000", "118'000", "118{,}000", "118\\,000",
+        "1.18e5", "236000/2"):
         assert same_number(last_number(text), last_number("118000")), text
 
 
@@ -51,7 +52,8 @@ ROW = Example("1", "Add one.", PROGRAM, tests=("assert add_one(1) == 2", "assert
     f"[BEGIN] {PROGRAM}\n[DONE]\nIt adds one.",
     f"<think>Perhaps\n```python\n{DRAFT}\n```\nNo.</think>\n```python\n{PROGRAM}\n```",
     f"Use it like this:\n```python\nprint(add_one(1))\n```\nThe program:\n```python\n{PROGRAM}\n```",
-], ids=["closing fence", "text after it", "MBPP's tags", "text after MBPP's tags", "draft in thoughts", "usage first"])
+], ids=["closing fence", "text after it", "MBPP's tags", "text after MBPP's tags", "draft in thoughts",
+    "usage first"])
 def test_programs_that_are_right(response):
     assert JUDGES["code"](ROW, response) is True
     assert judges.extract_code(response, ROW.tests) == PROGRAM
@@ -60,7 +62,7 @@ def test_programs_that_are_right(response):
 @pytest.mark.parametrize("response", [
     DRAFT + "\n```",
     f"<think>```python\n{PROGRAM}\n```</think>\n```python\n{DRAFT}\n```",
-    f"```python\n{DRAFT}\n```\nor better\n```python\n{PROGRAM}\n```",  # the first that defines it is its answer
+    f"```python\n{DRAFT}\n```\nor better\n```python\n{PROGRAM}\n```",  # the first counts
     f"It is not\n{PROGRAM}",
 ])
 def test_programs_that_are_not(response):
@@ -69,7 +71,8 @@ def test_programs_that_are_not(response):
 
 # ------------------------------------------------------------------------------------------------ recall
 
-GOLDS = ["308", "Broncos", "Tesla's patents", "the 1950s", "Saint-Étienne", "four-fifths", "$22.8 billion", "AC/DC", "4.5", "A"]
+GOLDS = ["308", "Broncos", "Tesla's patents", "the 1950s", "Saint-Étienne", "four-fifths", "$22.8 billion",
+    "AC/DC", "4.5", "A"]
 
 
 @pytest.mark.parametrize("marks", ["“{}”", "„{}“", "«{}»", "‘{}’", "「{}」", "“{}.”", "–{}…"])
