@@ -119,6 +119,7 @@ def run(job: Job) -> None:
     if job.machine.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     progress = train(model, tokenizer, task, encoded, validation, job.folder, job.training)
+    print(lora.check_saved(model, job.folder), end="")
     write_json(job.folder / "training.json", summary(progress, job.method, sources, job.training))
     if ranks.RANK == 0:
         (job.folder / "checkpoint.pt").unlink()

@@ -12,8 +12,8 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
-    GptOssConfig,
     GPTNeoConfig,
+    GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
@@ -116,7 +116,7 @@ def test_a_model_that_raises_falls_back_in_one_line():
 
 
 def test_the_trial_is_made_once_for_a_model(tokenizer):  # noqa: F811
-    model, rows = build(LlamaConfig(**SHAPE)), prompts(3)
+    model = build(LlamaConfig(**SHAPE))
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     why_no_slots(model, 60)
