@@ -30,7 +30,7 @@ Scores = dict[str, dict[str, float]]  # id -> {"ifd": ..., "r_ifd": ...}
 
 
 def perplexity(log_probs: Sequence[float]) -> float:
-    """ppl(y | x) = exp(-1/T Σ_t log p(y_t | x, y_<t)), from the log-probabilities of y's T tokens in nats."""
+    """ppl(y | x) = exp(-1/T Σ_t log p(y_t | x, y_<t)), from the log p of y's T tokens, in nats."""
     return math.exp(-fmean(log_probs))
 
 
