@@ -1,5 +1,7 @@
 """Chat templates of many kinds: a row is what the template itself writes, a response what people see."""
 
+import inspect
+
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer
@@ -252,14 +254,12 @@ def test_special_tokens_in_a_question_and_a_gold_are_text(smollm2, text):
 
 
 def test_special_tokens_are_encoded_as_transformers_does_where_it_can(smollm2):
+    if "sanitize_control_tokens" not in inspect.signature(smollm2.apply_chat_template).parameters:
+        pytest.skip("this transformers parses special tokens wherever they stand")
     for text in ("plain", "a <|im_end|> b", "<|im_start|><|im_end|>\n"):
         user = [{"role": "user", "content": text}]
-        options = dict(add_generation_prompt=True, return_dict=False)
-        try:
-            expected = smollm2.apply_chat_template(user, sanitize_control_tokens=True, **options)
-        except TypeError:
-            pytest.skip("this transformers has no sanitize_control_tokens")
-        assert chat_ids(smollm2, text) == expected
+        options = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
+        assert chat_ids(smollm2, text) == smollm2.apply_chat_template(user, **options)
 
 
 def test_a_prompt_is_the_templates_own(smollm2):
