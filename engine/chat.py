@@ -1,12 +1,11 @@
-"""Chat templates: a user turn and its response as token ids, and generated tokens as the text that people
-see.
+"""Chat templates: a user turn and its response as token ids, and generated tokens as the text that is judged.
 
     prompt                                          target
     <|user|>What is 6 times 3?<|end|><|assistant|>  It is 18.<|end|>
 
 What a model generated is trained on as its own tokens. A gold is text, so it is put where the template itself
-puts an assistant's words, and closed as the template closes a turn (turn_format.py reads both off the
-template).
+puts an assistant's words, and closed as the template closes a turn: turn_format.py reads both off the
+template.
 
 Special tokens inside a question or a gold are encoded as plain text. An added token that the tokenizer does
 not call special, such as Qwen's <think>, stays a token there. So a gold may hold reasoning of its own.
@@ -42,8 +41,7 @@ MARK_END = "\U000f0001"
 
 
 def chat_ids(tokenizer, user: str) -> list[int]:
-    """Token ids `[length]` of one user turn in the tokenizer's chat template, ready for the response to
-    begin."""
+    """Token ids `[length]` of one user turn in the chat template, ready for the response to begin."""
     return _encode(tokenizer, _prompt_text(tokenizer, user))
 
 
@@ -63,8 +61,7 @@ def training_ids(
 
 
 def end_of_turn(tokenizer) -> int:
-    """The token with which the chat template closes an assistant turn (Gemma: <end_of_turn>), else the EOS
-    token.
+    """The token with which the chat template closes an assistant turn (Gemma: <end_of_turn>), else EOS.
 
     InputError: there is neither.
     """
@@ -72,8 +69,7 @@ def end_of_turn(tokenizer) -> int:
 
 
 def end_tokens(tokenizer, model=None) -> set[int]:
-    """All tokens that end a response: the template's, the tokenizer's EOS, and those of the generation
-    config."""
+    """All tokens that end a response: the template's, the tokenizer's, and the generation config's."""
     ends = {tokenizer.eos_token_id}
     if getattr(tokenizer, "chat_template", None):
         ends.add(end_of_turn(tokenizer))
@@ -95,11 +91,9 @@ def _gold_ids(tokenizer, user: str, response: str, before: list[int]) -> list[in
     if turn.strips:
         response = response.strip()
     marked = _mark_special_tokens(tokenizer, response)
-    thinks_itself = any(closing_tag(tag) in response for tag in turn.blocks)
-    if thinks_itself and marked == response:
-        answer = marked + turn.closing
-    else:
-        answer = turn.opening + marked + turn.closing
+    answer = marked + turn.closing
+    if marked != response or not _closes_a_block_of(turn, response):
+        answer = turn.opening + answer
 
     whole = _encode(tokenizer, _prompt_text(tokenizer, user) + answer)
     if whole[: len(before)] == before:
@@ -110,6 +104,14 @@ def _gold_ids(tokenizer, user: str, response: str, before: list[int]) -> list[in
     if target[-1:] != [turn.end]:
         target.append(turn.end)
     return target
+
+
+def _closes_a_block_of(turn: TurnFormat, response: str) -> bool:
+    """Does the response hold the end of the thinking that the template would write before it?"""
+    for tag in turn.blocks:
+        if closing_tag(tag) in turn.opening and closing_tag(tag) in response:
+            return True
+    return False
 
 
 def _mark_special_tokens(tokenizer, text: str) -> str:
@@ -124,7 +126,7 @@ def _encode(tokenizer, text: str, continued: bool = False) -> list[int]:
     """
     ids = []
     plain = False
-    for piece in re.split(f"[{MARK_START}{MARK_END}]", text):
+    for piece in re.split(f"{MARK_START}(.*?){MARK_END}", text):
         if plain:
             ids += _encode_plainly(tokenizer, piece)
         elif piece and (ids or continued):
@@ -144,8 +146,7 @@ def _encode_plainly(tokenizer, special: str) -> list[int]:
 
 
 def _encode_continued(tokenizer, text: str, **options) -> list[int]:
-    """Token ids of a text that goes on from another. Some tokenizers put a blank before whatever comes
-    first."""
+    """Token ids of a text that goes on from another, where some tokenizers would put a blank first."""
     newline = tokenizer.encode("\n", add_special_tokens=False)
     ids = tokenizer.encode("\n" + text, add_special_tokens=False, **options)
     if ids[: len(newline)] == newline:
@@ -180,18 +181,27 @@ def response_text(tokenizer, tokens: list[int]) -> str:
     text = _decode(tokenizer, last_part)
 
     # 3. Blocks whose tags are text, at the beginning of the response or begun by the prompt.
-    whole = text
     for tag in turn.blocks:
         begun = tag == turn.open_block and last_part == ids
         if begun or text.lstrip().startswith(tag):
-            text = text.partition(closing_tag(tag))[2]
-    if last_part == ids and text == whole:
+            text = _after_block(turn, text, closing_tag(tag)).lstrip()
+    if last_part == ids:
         return text
     return text.lstrip()
 
 
+def _after_block(turn: TurnFormat, text: str, close: str) -> str:
+    """What follows a block. A closed block that nothing follows is the answer (a tool call), unless it is
+    thinking."""
+    _, closed, rest = text.partition(close)
+    thinking = turn.open_block or close in turn.opening
+    if closed and not rest.strip() and not thinking:
+        return text
+    return rest
+
+
 def _last_part(tokenizer, turn: TurnFormat, ids: list[int], special: frozenset[int]) -> list[int]:
-    """The tokens behind the last special one. [] if that begins a block, or a channel that is not the
+    """The tokens behind the last special one. [] if that begins a block, or another channel than the
     answer's."""
     channel = _encode(tokenizer, turn.opening.strip(), continued=True)
     if special.intersection(channel):

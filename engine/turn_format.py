@@ -1,12 +1,11 @@
 """How a tokenizer's chat template writes an assistant's turn, read off a rendered conversation.
 
-    <|user|>4815162342<|end|><|assistant|>              prompt
-    <|user|>4815162342<|end|><|assistant|> 2718281828<|end|>   the whole turn: opening " ", closing "<|end|>"
+    <|user|>4815162342<|end|>assistant:                     the prompt
+    <|user|>4815162342<|end|>assistant: 2718281828<|end|>   the whole turn: opening " ", closing "<|end|>"
 
-Nothing is believed that can be tried: not the names that a tokenizer gives its tokens, and not which of its
-tokens it calls special. Covered: templates that want a list of parts, that write a blank before an answer,
-that strip it, that close a turn with EOS behind another token or not at all, and generation prompts that
-leave <think> open.
+Nothing is believed that can be tried: not the names that a tokenizer gives its tokens, and not which of them
+it calls special. Covered: templates that want a list of parts, that write a blank before an answer, that
+strip it, that close a turn with EOS behind another token or not at all, and prompts that leave <think> open.
 """
 
 import functools
@@ -136,8 +135,7 @@ def closing_tag(tag: str) -> str:
 def _open_block(tokenizer, template: str, prompt: str, before: str, after: str) -> str:
     """The tag of the thinking block that the generation prompt leaves open, else "".
 
-    A prompt may also end in a tag that names the role (<assistant>). Such a tag is closed after the answer or
-    never.
+    A prompt may also end in a tag that names the role (<assistant>), closed after the answer or never.
     """
     tags = OPEN_TAG.findall(prompt.rpartition(QUESTION)[2])
     if not tags or not prompt.rstrip().endswith(tags[-1]):

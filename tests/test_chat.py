@@ -1,5 +1,7 @@
 """Chat templates of many kinds: a row is what the template itself writes, a response what people see."""
 
+import inspect
+
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer
@@ -166,6 +168,8 @@ def test_what_the_model_wrote_is_the_target_as_it_is():
 def test_a_gold_with_reasoning_of_its_own_gets_no_other():
     gold = "<think>6 threes</think>It is 18."
     assert targets(KINDS["an empty thinking block before the answer"][0], gold)[1] == gold + "<|im_end|>"
+    tool_call = "<think>\n\n</think>\n\n<tool_call>6 * 3</tool_call><|im_end|>"
+    assert targets(KINDS["an empty thinking block before the answer"][0], tool_call[19:-10])[1] == tool_call
     gold = "6 threes\n</think>\n\nIt is 18."
     assert targets(KINDS["a prompt that opens a thinking block"][0], gold)[1] == gold + "<|im_end|>"
 
@@ -252,14 +256,12 @@ def test_special_tokens_in_a_question_and_a_gold_are_text(smollm2, text):
 
 
 def test_special_tokens_are_encoded_as_transformers_does_where_it_can(smollm2):
+    if "sanitize_control_tokens" not in inspect.signature(smollm2.apply_chat_template).parameters:
+        pytest.skip("this transformers parses special tokens wherever they stand")
     for text in ("plain", "a <|im_end|> b", "<|im_start|><|im_end|>\n"):
         user = [{"role": "user", "content": text}]
-        options = dict(add_generation_prompt=True, return_dict=False)
-        try:
-            expected = smollm2.apply_chat_template(user, sanitize_control_tokens=True, **options)
-        except TypeError:
-            pytest.skip("this transformers has no sanitize_control_tokens")
-        assert chat_ids(smollm2, text) == expected
+        options = {"add_generation_prompt": True, "return_dict": False, "sanitize_control_tokens": True}
+        assert chat_ids(smollm2, text) == smollm2.apply_chat_template(user, **options)
 
 
 def test_a_prompt_is_the_templates_own(smollm2):
@@ -306,6 +308,7 @@ THINK = KINDS["an empty thinking block before the answer"][0]
 OPENED = KINDS["a prompt that opens a thinking block"][0]
 OPENED_TEXT = KINDS["an open block of which an answer knows nothing"][0]
 OPENED_SPECIAL = KINDS["an open block that stays open in every turn"][0]
+TOOLS = tokenizer_of(CHATML, MARKS, ("<tool_call>", "</tool_call>"))
 PLAIN = KINDS["an end that is special but unnamed"][0]
 ANALYSIS = "<|channel|>analysis<|message|>6 threes"
 
@@ -347,6 +350,9 @@ ANALYSIS = "<|channel|>analysis<|message|>6 threes"
         (THINK, "<think>\n6 threes", ""),
         (THINK, "<think>\n6 threes<|im_end|>", ""),
         (THINK, "It is 18, not <think>.<|im_end|>", "It is 18, not <think>."),
+        (THINK, "<think>6 threes</think><|im_end|>", ""),
+        (TOOLS, "<tool_call>6 * 3</tool_call><|im_end|>", "<tool_call>6 * 3</tool_call>"),
+        (TOOLS, "<tool_call>6 * 3", ""),
         (OPENED, "6 threes\n</think>\n\nIt is 18.<|im_end|>", "It is 18."),
         (OPENED, "6 threes<|im_end|>", ""),
         (OPENED_TEXT, "6 threes</reason>It is 18.<|im_end|>", "It is 18."),

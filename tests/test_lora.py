@@ -650,28 +650,36 @@ def test_all_linear_trains_a_model_whose_router_is_a_linear_layer():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in lora.parameters(model))
 
 
-@pytest.mark.parametrize("make", [llama, phimoe], ids=["llama", "phimoe"])
+@pytest.mark.parametrize("make", [llama, phimoe, qwen3_moe], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("targets", TARGETS, ids=str)
-def test_what_peft_loads_as_it_was_saved_passes_the_check(make, targets, tmp_path):
+def test_the_check_says_whether_peft_computes_the_same(make, targets, tmp_path):
+    """In qwen3_moe PEFT takes a dense layer for experts, in all of them an older transformers may stop it."""
     model = adapted(make(), targets)
     lora.save(model, tmp_path)
-    assert lora.check_saved(model, tmp_path) == ""
-    theirs = peft.PeftModel.from_pretrained(make(), tmp_path)
-    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
+    line = lora.check_saved(model, tmp_path)
+    try:
+        theirs = peft.PeftModel.from_pretrained(make(), tmp_path)
+    except TypeError:
+        assert "PEFT cannot load this adapter" in line
+    else:
+        assert (line == "") == torch.allclose(logits(theirs), logits(model), atol=1e-4)
+    if make is llama:
+        assert line == ""
+    elif line:
+        assert "\n" not in line and "PEFT" in line
+
+    again = make()
+    lora.load(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_a_dense_layer_that_peft_takes_for_experts_is_named(tmp_path):
     model = adapted(qwen3_moe())
     lora.save(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(qwen3_moe(), tmp_path)
-    right = torch.allclose(logits(theirs), logits(model), atol=1e-4)  # a later PEFT may mend it
     line = lora.check_saved(model, tmp_path)
-    assert (line == "") == right
-    if not right:
-        assert "PEFT loads 3 layers" in line and "model.layers.0.mlp.gate_proj" in line and "\n" not in line
-    again = qwen3_moe()
-    lora.load(again, tmp_path)
-    assert torch.equal(logits(again), logits(model))
+    if line == "" or "cannot load" in line:
+        pytest.skip("another version of PEFT")
+    assert "PEFT loads 3 layers" in line and "model.layers.0.mlp.gate_proj" in line
 
 
 def change_one_weight(folder):
