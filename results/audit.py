@@ -32,7 +32,7 @@ from support.cli import InputError
 from support.files import read_jsonl, resume_jsonl, write_json, write_jsonl, write_text
 from support.stats import kappa, wilson
 
-TO_FILL = ("human", "likert", "human2")
+TO_FILL = ("likert", "human2", "human")  # what must be filled stands last
 COLUMNS = ("row", "question", "context", "gold", "response", *TO_FILL)
 YES, NO = ("yes", "y", "true", "1"), ("no", "n", "false", "0")
 YES_OR_NO = dict.fromkeys(YES, True) | dict.fromkeys(NO, False)

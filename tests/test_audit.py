@@ -49,7 +49,7 @@ def fill(run, marks, delimiter=",", encoding="utf-8"):
 def test_a_sample_in_the_proportion_of_the_verdicts(run):
     assert "14 rows; fill the column human" in audit(run, D, 14)
     rows, keys = sheet(run), read_jsonl(run / "audit.jsonl")
-    assert list(rows[0]) == ["row", "question", "context", "gold", "response", "human", "likert", "human2"]
+    assert list(rows[0]) == ["row", "question", "context", "gold", "response", "likert", "human2", "human"]
     assert sum(key["accepted"] for key in keys) == 8  # of 42 judged, 24 accepted
     for i, (row, key) in enumerate(zip(rows, keys, strict=True), 1):
         number = key["id"][1:]
