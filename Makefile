@@ -1,48 +1,59 @@
 # `make help` lists the commands. Every one sets up what it needs, in .venv, the first time.
-PYTHON  ?= python3
-MODEL   ?= mistralai/Mistral-7B-Instruct-v0.2
-DATA    ?= data
-METHODS ?= sft sdft s3ft
-LIMIT   ?=
-STEPS   ?=
-FLAGS   ?=
-VENV    := .venv
-PY      := $(VENV)/bin/python
-BENCH   := .venv-bench
-SMOL    := models/SmolLM2-135M-Instruct
+PYTHON     ?= python3
+DEFAULT    := mistralai/Mistral-7B-Instruct-v0.2
+MODEL      ?= $(DEFAULT)
+DATA       ?= data
+METHODS    ?= sft sdft s3ft
+BENCHMARKS ?= mmlu,truthfulqa,hellaswag,winogrande
+LIMIT      ?=
+STEPS      ?=
+FLAGS      ?=
+EVAL_FLAGS ?=
+VENV  := .venv
+PY    := $(VENV)/bin/python
+BENCH := .venv-bench
+OLDEST := .venv-oldest
+SMOL  := models/SmolLM2-135M-Instruct
+PIP   := -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test gsm8k mbpp nq bench bench-eval bench-judge bench-memory bench-gpu fuzz study study-report clean
+.PHONY: help demo test test-oldest gsm8k mbpp nq tables gpu-smoke bench bench-eval bench-judge bench-memory bench-gpu \
+	sweep fuzz study study-report clean
 
 help:
 	@echo "make demo    S3FT and SFT on a small real model and 60 own-written passages: about 8 minutes on 2 CPU cores"
 	@echo "make test    set up and run the tests: under 10 minutes on 2 CPU cores"
-	@echo "make gsm8k   the paper's run: predictions, paraphrases, training, evaluation (also: make mbpp, make nq)"
-	@echo "make bench, bench-eval, bench-judge, bench-gpu    speed beside transformers, peft, trl and lm-evaluation-harness"
+	@echo "make gsm8k   the paper's run: D', training, evaluation, Table 4 (also: make mbpp, make nq)"
+	@echo "make tables  the runs of gsm8k, mbpp and nq in one page: Tables 2 to 4"
+	@echo "make gpu-smoke   before make gsm8k: every stage and method with a small model, 5 minutes"
+	@echo "make bench, bench-eval, bench-judge, bench-memory, bench-gpu   speed and memory beside what others use"
+	@echo "make sweep   40 and more kinds of model: which ways work on each"
 	@echo "make study   does the claim hold? five methods, three seeds, on XQuAD: about two hours on 2 CPU cores"
 	@echo "make fuzz    100,000 random texts into everything that reads what a model or a person wrote"
 	@echo ""
 	@echo "Variables of gsm8k, mbpp, nq (make gsm8k LIMIT=48 STEPS=6):"
-	@echo "  MODEL=$(MODEL)   Hugging Face name or folder"
-	@echo "  DATA=$(DATA)   where data sets are and are downloaded to      OUT=runs/TASK   the run folder"
+	@echo "  MODEL=$(MODEL)   a name on the hub or a folder"
+	@echo "  DATA=$(DATA)   where data sets are and are downloaded to      OUT=...   the run folder (default: runs/...)"
 	@echo "  METHODS=\"$(METHODS)\"   of sft sdft ssr s3ft rft      LIMIT=N   first N rows of every split"
-	@echo "  STEPS=N   optimizer steps      FLAGS=\"...\"   any further flag of s3ft.py (see: $(PY) s3ft.py --help)"
+	@echo "  BENCHMARKS=$(BENCHMARKS)   or none"
+	@echo "  STEPS=N   optimizer steps      FLAGS=\"...\" for s3ft.py, EVAL_FLAGS=\"...\" for evaluate.py (see --help)"
 
 # The exact versions of constraints.txt. torch comes first and by its exact version, so that nothing else chooses its build.
 $(VENV)/ready: constraints.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed: make PYTHON=python3.11 ...')"
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,plots]'
+	$(PY) $(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PY) $(PIP) -c constraints.txt -e '.[demo,plots]'
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) $(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # The peers of the benchmarks, in an environment of their own: lm-eval brings a package that is named evaluate, like our module.
 $(BENCH)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench]'
+	$(BENCH)/bin/python $(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(BENCH)/bin/python $(PIP) -c constraints.txt -e '.[demo,bench]'
 	@touch $@
 
 $(SMOL)/config.json: | $(VENV)/ready
@@ -58,12 +69,26 @@ test: $(VENV)/ready-dev $(SMOL)/config.json
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
-gsm8k mbpp nq: OUT ?= runs/$@
+# The paper's run. Another model, or fewer rows, has a run folder of its own.
+run_name = $(1)$(if $(filter-out $(DEFAULT),$(MODEL)),-$(notdir $(patsubst %/,%,$(MODEL))))$(if $(LIMIT),-$(LIMIT)-rows)
+# Table 4, with LIMIT on a sample. MMLU's limit is of each of its 57 subjects, so it then has a call of its own.
+comma := ,
+names = $(filter-out none $(if $(2),mmlu),$(subst $(comma), ,$(1)))
+table_4 = $(if $(names),--benchmarks $(subst $() ,$(comma),$(strip $(names))) $(if $(2),--limit $(2) --sampled))
+gsm8k mbpp nq: OUT ?= runs/$(call run_name,$@)
 gsm8k mbpp nq: $(VENV)/ready
 	for method in $(METHODS); do \
 		$(PY) s3ft.py --task $@ --method $$method --model $(MODEL) --data $(DATA) --out $(OUT) \
 			$(if $(LIMIT),--limit $(LIMIT)) $(if $(STEPS),--steps $(STEPS)) $(FLAGS) || exit; done
-	$(PY) evaluate.py --out $(OUT) --data $(DATA)
+	$(PY) evaluate.py --out $(OUT) --data $(DATA) $(EVAL_FLAGS) $(call table_4,$(BENCHMARKS),$(LIMIT))
+	$(if $(and $(LIMIT),$(findstring mmlu,$(BENCHMARKS))),$(PY) evaluate.py --out $(OUT) --data $(DATA) $(EVAL_FLAGS) \
+		--benchmarks mmlu --limit $(shell expr \( $(LIMIT) + 56 \) / 57) --sampled)
+
+tables: $(VENV)/ready
+	$(PY) -m results.tables $(foreach task,gsm8k mbpp nq,runs/$(call run_name,$(task)))
+
+gpu-smoke: $(VENV)/ready $(SMOL)/config.json
+	$(PY) -m bench.smoke --model $(SMOL) --data $(DATA) --out runs/gpu-smoke
 
 GSM8K := $(DATA)/gsm8k/train.jsonl
 bench: $(BENCH)/ready $(SMOL)/config.json
@@ -79,11 +104,22 @@ bench-judge: $(VENV)/ready
 	$(PY) -m bench.judge --data $(DATA) --out docs $(FLAGS)
 
 bench-memory: $(VENV)/ready
-	$(PY) -m bench.memory --out docs $(FLAGS)
+	$(PY) -m bench.shapes --out docs $(FLAGS)
 
 # On a GPU: a Mistral-7B-shaped model with random weights. Without one a tiny shape, and no figure.
 bench-gpu: $(VENV)/ready
-	$(PY) -m bench.gpu --out docs $(FLAGS)
+	$(PY) -m bench.generate --shape mistral-7b --out docs $(FLAGS)
+	$(PY) -m bench.train --shape mistral-7b --out docs $(FLAGS)
+
+sweep: $(VENV)/ready-dev
+	$(PY) -m bench.sweep $(FLAGS)
+
+# The oldest versions that pyproject.toml allows. They are large downloads.
+test-oldest: $(SMOL)/config.json
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP) $$(grep -oE '(torch|transformers)>=[0-9.]+' pyproject.toml | sed 's/>=/==/')
+	$(OLDEST)/bin/python $(PIP) -e '.[demo,plots,dev]'
+	$(OLDEST)/bin/python -m pytest
 
 fuzz: $(VENV)/ready-dev
 	$(PY) -m tests.fuzz $(FLAGS)
@@ -98,4 +134,4 @@ study-report: $(VENV)/ready
 
 # Not runs/, which took hours.
 clean:
-	rm -rf $(VENV) $(BENCH)
+	rm -rf $(VENV) $(BENCH) $(OLDEST)

@@ -85,7 +85,7 @@ class BaseLM:
     def predict(self, D: list[Example]) -> dict[str, Answer]:
         """ŷ for every x, from the predict prompt (Figs. 4 and 5), greedily. id -> Answer."""
         prompts = {x.id: prompt(self.task.predict, x) for x in D}
-        return self._ask(D, prompts, "predictions")
+        return self.ask(D, prompts, "predictions")
 
     def paraphrase(self, D: list[Example]) -> dict[str, Answer]:
         """ỹ for every (x, y), from the paraphrase prompt (Figs. 6 and 7), greedily.
@@ -93,7 +93,7 @@ class BaseLM:
         One that leaks its prompt is rejected.
         """
         prompts = {x.id: prompt(self.task.paraphrase, x, self.gold(x)) for x in D}
-        answers = self._ask(D, prompts, "paraphrases")
+        answers = self.ask(D, prompts, "paraphrases")
         for id, y in answers.items():
             if judges.leaks(y.text):
                 answers[id] = replace(y, accepted=False)
@@ -106,7 +106,7 @@ class BaseLM:
         """
         rows = [replace(x, id=f"{x.id}#{i}") for x in D for i in range(k)]
         prompts = {x.id: prompt(self.task.predict, x) for x in rows}
-        answers = self._ask(rows, prompts, "samples", sampling)
+        answers = self.ask(rows, prompts, "samples", sampling)
 
         encoded = []
         for id, y in answers.items():
@@ -115,7 +115,8 @@ class BaseLM:
         scored = [replace(y, log_prob=score) for y, score in zip(answers.values(), scores, strict=True)]
         return {x.id: scored[i * k : (i + 1) * k] for i, x in enumerate(D)}
 
-    def _ask(self, D, prompts: dict[str, str], kind: str, sampling=None) -> dict[str, Answer]:
+    def ask(self, D: list[Example], prompts: dict[str, str], kind: str, sampling=None) -> dict[str, Answer]:
+        """Judged answers to prompts (id -> user turn) of any kind, kept in RUN/`kind`.jsonl. id -> Answer."""
         limits = Limits(self.task.max_new_tokens, self.task.stop)
         path = self.run / f"{kind}.jsonl"
         rows = respond(self.model, self.tokenizer, prompts, path, limits, sampling)

@@ -27,11 +27,11 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from engine.decoding import Ending, Response, Row, Sampling, choose_tokens
-from engine.fallback import generate_padded
+from engine.fallback import generate_padded, out_of_memory, rows_in_memory
 from engine.model import context_length
 from engine.prefixes import group_by_prefix, shared_prefix
-from engine.slots import SlotCache, forward_in_slots, one_token_cache, slots_in_memory, why_no_slots
-from support.cli import InputError
+from engine.slot_trial import longest_harmless_row, why_no_padding, why_no_slots
+from engine.slots import SlotCache, forward_in_slots, layers_of, slots_in_memory
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}  # the most that one forward reads: bounds its activations
 REFILL_TOKENS = 512  # reading this many uses the machine well, so it need not wait for more free slots
@@ -71,21 +71,46 @@ def generate(
 def generate_rows(
     model, rows: list[Row], ending: Ending, memory_gib: float | None = None, sample: Sampling | None = None
 ) -> Iterator[tuple[int, Response]]:
-    """Generate in slots where they cover the model, else with transformers' generate."""
+    """Generate in slots where they give the model's own logits, else with transformers' generate."""
     if not rows:
         return
     was_training = model.training
     model.eval()
     try:
-        reason = why_no_slots(model, longest=max(row.limit for row in rows))
+        # 1. Rows so long that they change the rotary frequencies, also of the rows beside them: alone.
+        harmless_length = longest_harmless_row(model, longest(rows))
+        long_rows = [row for row in rows if row.limit > harmless_length]
+        if long_rows:
+            warn(f"{len(long_rows)} rows of more than {harmless_length} tokens change the rotary frequencies of "
+                 f"{type(model).__name__}: they are generated one at a time")
+            yield from generate_padded(model, long_rows, ending, sample, rows_at_a_time=1)
+
+        # 2. All others side by side: in slots, or padded, or where the model bears neither, alone.
+        rows = [row for row in rows if row.limit <= harmless_length]
+        if not rows:
+            return
+        reason = why_no_slots(model, longest(rows))
         if reason:
-            message = f"{type(model).__name__} has {reason}: falling back to transformers' generate"
-            warnings.warn(message, stacklevel=2)
-            yield from generate_padded(model, rows, ending, sample)
+            rows_at_a_time = rows_in_memory(model, longest(rows), memory_gib)
+            padding = why_no_padding(model, longest(rows))
+            if padding:
+                rows_at_a_time = 1
+                reason += f"; {padding}, so one row at a time"
+            warn(f"{type(model).__name__}: falling back to transformers' generate ({reason})")
+            yield from generate_padded(model, rows, ending, sample, rows_at_a_time)
         else:
             yield from SlotDecoder(model, rows, ending, memory_gib, sample).run()
     finally:
         model.train(was_training)
+
+
+def longest(rows: list[Row]) -> int:
+    """The most tokens that one of the rows can have, prompt and response."""
+    return max(row.limit for row in rows)
+
+
+def warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 class SlotDecoder:
@@ -106,9 +131,9 @@ class SlotDecoder:
             for row in group.rows:
                 self.group_of[row.index] = group
 
-        self.one_token = one_token_cache(model)
-        self.max_length = max(row.limit for row in rows)
-        self.slots = min(len(rows), slots_in_memory(self.one_token, self.max_length, memory_gib))
+        self.layers = layers_of(model)
+        self.max_length = longest(rows)
+        self.slots = min(len(rows), slots_in_memory(self.layers, self.max_length, memory_gib))
 
     def run(self) -> Iterator[tuple[int, Response]]:
         """Decode all rows. Out of memory: half as many slots from there on, and the running rows wait again."""
@@ -117,10 +142,7 @@ class SlotDecoder:
                 yield from self.run_with_one_cache()
             except torch.OutOfMemoryError:
                 if self.slots == 1:
-                    raise InputError(
-                        f"out of memory with one row of {self.max_length} tokens: take a lower "
-                        "--max-new-tokens, leave out the longest rows, or take a smaller model"
-                    ) from None
+                    raise out_of_memory(self.max_length) from None
 
             # Here and not in the `except`, where the traceback keeps all tensors alive.
             if self.waiting or self.running:
@@ -129,11 +151,11 @@ class SlotDecoder:
                 self.cache = None
                 self.slots //= 2
                 torch.cuda.empty_cache()
-                warnings.warn(f"out of memory: going on with {self.slots} rows at a time", stacklevel=2)
+                warn(f"out of memory: going on with {self.slots} rows at a time")
 
     def run_with_one_cache(self) -> Iterator[tuple[int, Response]]:
         """Whatever interrupts it, every unfinished row is waiting or running, and has all its tokens."""
-        self.cache = SlotCache(self.one_token, self.slots, self.max_length)
+        self.cache = SlotCache(self.layers, self.slots, self.max_length)
         if self.common_prefix:
             self.forward(self.cache.common_slot, [self.common_prefix], width=len(self.common_prefix))
         while self.waiting or self.running:

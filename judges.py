@@ -1,24 +1,25 @@
-"""Judges: is a response equivalent to the gold? They are `=` in lines 5 and 9 of Algorithm 1 (paper, A.3 and A.5).
+"""Judges: is a response equivalent to the gold? They are `=` in lines 5 and 9 of Algorithm 1 (A.3, A.5).
 
-numeric, for GSM8K: the last number of the response equals the last number of the gold (A.3). What counts as a number
-    stands in support/numerals.py, with a table.
-code, for MBPP: the program in the response passes every test of its row. support/sandbox.py runs it, and says what
-    that covers.
+numeric, for GSM8K: response and gold end in the same number (A.3). The table in support/numerals.py says what
+    counts as a number.
+code, for MBPP: the program in the response passes every test of its row. support/sandbox.py runs
+    it, and says what that covers.
 llm, for NQ: a language model reads the prompt of Fig. 8. True or False is read off its reply.
-recall, for short golds: every word of the gold is in the response. Where there is no answer, the response abstains.
-    This judge is ours.
+recall, for short golds: every word of the gold is in the response. Where there is no answer, the
+    response abstains. This judge is ours.
 
-No judge accepts a blank response. A new judge is one function (example, response) -> bool and one entry of JUDGES, at
-the end of this file.
+No judge accepts a blank response. A new judge is one function (example, response) -> bool and one entry of
+JUDGES, at the end of this file.
 
 Where `recall` differs from the published definitions:
-1. Abstention. The phrases are those that Slobodkin et al. (2023) count, but as whole words ("n/a" is not found in
-   "corn/apples"). Those that they count as the whole reply only, we take without the blanks and marks around it
-   ("Unknown." is "unknown").
-2. Token recall. The normalisation is SQuAD's (v1.1 script), the overlap that of multisets. A gold of which that leaves
-   nothing ("A", "the") would be recalled by every response: there, the whole response must be the gold.
-3. Marks. SQuAD drops ASCII punctuation only. We drop that of Unicode too, so that “Paris” is Paris. A decimal point
-   stays, so that 4.5 is not 45.
+1. Abstention. The phrases are those that Slobodkin et al. (2023) count, but as whole words ("n/a" is not
+   found in "corn/apples"). Those that they count as the whole reply only, we take without the blanks and
+   marks around it ("Unknown." is "unknown").
+2. Token recall. The normalisation is SQuAD's (v1.1 script), the overlap that of multisets. A gold of which
+   that leaves nothing ("A", "the") would be recalled by every response: there, the whole response must be the
+   gold.
+3. Marks. SQuAD drops ASCII punctuation only. We drop that of Unicode too, so that “Paris” is Paris. A decimal
+   point stays, so that 4.5 is not 45.
 """
 
 import ast
@@ -34,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from data import Example, fill
 from support import ranks, sandbox
+from support.cli import InputError
 from support.numerals import last_number, same_number
 
 INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of controls, formats and separators
@@ -45,7 +47,7 @@ def is_blank(text: str) -> bool:
 
 
 def numeric(response: str, gold: str) -> bool:
-    """Do both end in the same number (A.3)? False where either has none. support/numerals.py says what a number is."""
+    """Do both end in the same number (A.3)? False where either has none. See support/numerals.py."""
     return same_number(last_number(response), last_number(gold))
 
 
@@ -55,8 +57,10 @@ FENCE = re.compile(
     r"^ {0,3}(?P<marks>```+|~~~+)[^\n`]*(?:\n|\Z)(?P<code>.*?)(?:^ {0,3}(?P=marks)|(?P=marks)\s*\Z|\Z)",
     re.MULTILINE | re.DOTALL,
 )
+CLOSING_FENCE = re.compile(r"```+\s*\Z")  # at the end of the last line
 DEFINITION = re.compile(
-    r"^[ \t]*(?:async[ \t]+)?(?:def[ \t]+(\w+)[ \t]*[(\[]|class[ \t]+(\w+)[ \t]*[(:\[])|^(\w+)[ \t]*=(?!=)", re.MULTILINE
+    r"^[ \t]*(?:async[ \t]+)?(?:def[ \t]+(\w+)[ \t]*[(\[]|class[ \t]+(\w+)[ \t]*[(:\[])|^(\w+)[ \t]*=(?!=)",
+    re.MULTILINE,
 )
 CODE_LINE = re.compile(  # what an unindented line of a program begins with
     r"\s|[#@)\]}]|[rbfu]?['\"]|(?:def|class|async|import|from|if|elif|else|for|while|try|except|finally|with|del|assert)\b"
@@ -67,14 +71,15 @@ CODE_LINE = re.compile(  # what an unindented line of a program begins with
 def extract_code(response: str, tests: Sequence[str] = ()) -> str:
     """The program of a response: between the tags, else in a code fence, else all of it. Never an exception.
 
-    What a model thinks before it answers, up to </think>, is left out. The first [[DONE]] after a [[BEGIN]] ends the
-    program, as it ends a generation that stops there. Of several [[BEGIN]] before it the last counts. Without [[DONE]]
-    the program goes on to the end, without [[BEGIN]] it begins at the start. Where there are no such tags, MBPP's own
-    [BEGIN] and [DONE] count.
+    What a model thinks before it answers, up to </think>, is left out. The first [[DONE]] after a [[BEGIN]]
+    ends the program, as it ends a generation that stops there. Of several [[BEGIN]] before it the last
+    counts. Without [[DONE]] the program goes on to the end, without [[BEGIN]] it begins at the start. Where
+    there are no such tags, MBPP's own [BEGIN] and [DONE] count.
 
-    A fence inside the tags is taken off, and an open one goes on to the end. Of several fences, and a program that
-    stands before them, the first counts that defines a function which `tests` call. Where none does, the first counts.
-    A byte order mark, blank ends and a common indentation are removed. All other characters stay.
+    A fence inside the tags is taken off, and an open one goes on to the end. Of several fences, and a program
+    that stands before them, the first counts that defines a function which `tests` call. Where none does, the
+    first counts. A byte order mark, blank ends and a common indentation are removed. All other characters
+    stay.
     """
     text = between_tags(after_thoughts(response))
     parts = fenced_parts(text)
@@ -100,16 +105,17 @@ def between_tags(text: str) -> str:
             text = re.sub(r"^[ \t]*\[DONE\]", DONE, text, flags=re.MULTILINE)
 
     before, begin, after = text.partition(BEGIN)
-    text = after if begin else before
-    text = text.partition(DONE)[0]
-    return text.rpartition(BEGIN)[2]
+    if not begin:
+        return before.partition(DONE)[0]
+    text = after.partition(DONE)[0]
+    return text.rpartition(BEGIN)[2].lstrip(" \t")  # on the line of the tag a blank is no indentation
 
 
 def fenced_parts(text: str) -> list[str]:
-    """The programs that a text may hold, in their order: one before the fences, then those inside. At least one."""
+    """The programs that a text may hold, at least one: that before the fences, then those inside."""
     fences = list(FENCE.finditer(text))
     if not fences:
-        return [text]
+        return [CLOSING_FENCE.sub("", text)]
     parts = [fence["code"] for fence in fences if fence["code"].strip()]
     before = text[: fences[0].start()]
     stray = not fences[0]["code"].strip()  # the end of a fence that was opened in the prompt
@@ -137,7 +143,7 @@ def defined_names(text: str) -> set[str]:
 
 @functools.cache
 def tested_names(tests: tuple[str, ...]) -> set[str]:
-    """The names in a row's tests that the program has to define. Where all are builtins (MBPP 126: `sum`), those."""
+    """The names in a row's tests that the program has to define. All builtins (MBPP 126: `sum`): those."""
     used, own = set(), set()
     for test in tests:
         try:
@@ -179,9 +185,10 @@ def code(response: str, tests: Sequence[str], setup: str = "", timeout: float = 
 
 
 LLM_JUDGE = """\
-You are a helpful assistant acting as an impartial judge. You will be given a Question, a Reference Answer, and a \
-Provided Answer. Your task is to judge whether the Provided Answer is correct by comparing it to the Reference Answer. \
-If the Provided Answer is correct, choose only 'True', otherwise choose only 'False'. Question: {{question}}
+You are a helpful assistant acting as an impartial judge. You will be given a Question, a Reference Answer, \
+and a Provided Answer. Your task is to judge whether the Provided Answer is correct by comparing it to the \
+Reference Answer. If the Provided Answer is correct, choose only 'True', otherwise choose only 'False'. \
+Question: {{question}}
 Provided Answer:
 {{predicted_response}}
 Reference Answer:
@@ -189,25 +196,61 @@ Reference Answer:
 Decision: [True/False]"""  # Fig. 8
 VERDICT = re.compile(
     r"""
-    \b (?: true|false ) \s* (?: / | \| | \b or \b ) \s* (?: true|false ) \b        # the choice, echoed: skipped
-  | (?P<no> (?: \b (?: not|never|neither|cannot ) | n['’]t ) (?: \s+ \w+ ){0,3}? \s+ )?   # not true, isn't quite true
+    # The choice, echoed, decides nothing: True/False, only 'True' or 'False'.
+    (?: \b only \W+ )? \b (?: true|false ) ['"”’*`]* \s*
+        (?: / | \| | , | \b or \b ) \s* ['"“‘*`]* (?: true|false ) \b
+    # Nor does a question: true?
+  | \b (?: true|false ) \s* \?
+    # The instruction, repeated (only 'True'), or a condition: whether it is true.
+  | (?P<condition> \b only \W+ (?: true|false ) \b
+      | \b (?: if|whether|would\ be|could\ be|may\ be|must\ be ) \b [^.\n]{,80}? \b (?: true|false ) \b )
+    # A verdict: true, not true, isn't quite true.
+  | (?P<no> (?: \b (?: not|never|neither|cannot|hardly|far\ from ) | n['’]t ) (?: \s+ \w+ ){0,3}? \s+ )?
     (?<! [^\W_] ) (?P<word> true|false ) (?! [^\W_] )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+CALLS_WRONG = re.compile(
+    r"""
+    (?<! not\s ) (?<! n['’]t\s ) (?<! nothing\s )
+        \b (?: wrong|incorrect|inaccurate|mistaken|erroneous|untrue ) \b
+  | (?: \b not | n['’]t ) \s+ (?: \w+ \s+ )? (?: correct|right|accurate|match|equivalent ) \b
+  | \b true \s+ that \b .* (?: \b not? \b | n['’]t \b | differ|fail|contradict|mismatch|lack|disagree )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+FIRST_REPLIES = 20  # if none of them holds a verdict, something is wrong with the judge
 
 
-def parse_verdict(text: str) -> bool | None:
-    """The first word true or false of a reply, "not true" being False. None: it has neither, or says "not false"."""
-    for match in VERDICT.finditer(text):
+def parse_verdict(reply: str) -> bool | None:
+    """The first word true or false of a reply, "not true" being False. None: the reply holds no verdict.
+
+    That is so where the words are missing or stand in thoughts only, where the instruction is repeated or a
+    condition named before them, and for "not false". A reply that says true and then false, or true of an
+    answer that it calls wrong, holds no verdict either.
+    """
+    reply = THOUGHTS_END.split(reply)[-1]
+    if "<think" in reply.lower():
+        return None  # still thinking when it was cut off
+    verdicts = []
+    for match in VERDICT.finditer(reply):
+        if match["condition"]:
+            verdicts.append(None)
         if not match["word"]:
-            continue  # "True/False": the choice, repeated
-        verdict = match["word"].lower() == "true"
+            continue
+        says_true = match["word"].lower() == "true"
         negated = match["no"] is not None
-        if not negated:
-            return verdict
-        return False if verdict else None
-    return None
+        if negated:
+            verdicts.append(False if says_true else None)
+        else:
+            verdicts.append(says_true)
+
+    if not verdicts:
+        return None
+    contradicts_itself = False in verdicts or CALLS_WRONG.search(reply)
+    if verdicts[0] is True and contradicts_itself:
+        return None
+    return verdicts[0]
 
 
 class LLMJudge:
@@ -218,32 +261,68 @@ class LLMJudge:
 
     def __init__(self, generate: Callable[[list[str]], list[str]]):
         self.generate = generate
+        self.asked = 0
         self.unparsed = 0
 
     def verdicts(self, pairs: Sequence[tuple[Example, str]]) -> list[bool | None]:
-        """The verdict on each (example, response), None where the reply holds none."""
-        prompts = []
-        for x, response in pairs:
-            prompts.append(fill(LLM_JUDGE, question=x.question, predicted_response=response, gold_response=x.answer))
-        verdicts = [parse_verdict(reply) for reply in self.generate(prompts)]
-        self.unparsed += verdicts.count(None)
-        return verdicts
+        """The verdict on each (example, response), None where the reply holds none.
+
+        A blank response is not asked about: its verdict is False.
+
+        InputError: of the first 20 replies, none held a verdict.
+        """
+        prompts = [llm_prompt(x, response) for x, response in pairs if not is_blank(response)]
+        replies = self.generate(prompts) if prompts else []
+        read = [parse_verdict(reply) for reply in replies]
+        self.asked += len(read)
+        self.unparsed += read.count(None)
+        if FIRST_REPLIES <= self.asked == self.unparsed:
+            raise InputError(
+                f"the LLM judge: none of its first {self.asked} replies says True or False (one is "
+                f"{replies[-1][:60]!r}); a model that thinks first needs --chat-template-kwargs "
+                "'{\"enable_thinking\": false}', another model may not be able to judge"
+            )
+        in_order = iter(read)
+        return [False if is_blank(response) else next(in_order) for _, response in pairs]
 
     def __call__(self, pairs: Sequence[tuple[Example, str]]) -> list[bool]:
         return [verdict is True for verdict in self.verdicts(pairs)]
 
 
+def llm_prompt(x: Example, response: str) -> str:
+    """The prompt of Fig. 8. Where a row has several golds, the reference answer is "one or another"."""
+    golds = dict.fromkeys((x.answer, *x.aliases))  # each once
+    return fill(LLM_JUDGE, question=x.question, predicted_response=response, gold_response=" or ".join(golds))
+
+
 MAX_WORDS = 50  # so that reciting the context is no answer
-ABSTENTIONS = ("unanswerable", "n/a", "idk", "i don't know", "not known", "answer not in context",
-               "the answer is unknown")
-WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # these count only as the whole reply
+ABSTENTIONS = (
+    "unanswerable",
+    "n/a",
+    "idk",
+    "i don't know",
+    "not known",
+    "answer not in context",
+    "the answer is unknown",
+)
+WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # only as the whole reply
+BEYOND_ASCII = [chr(code) for code in range(0x80, 0x10000)]
+PUNCTUATION = string.punctuation + "".join(c for c in BEYOND_ASCII if unicodedata.category(c).startswith("P"))
+NO_PUNCTUATION = str.maketrans("", "", PUNCTUATION)
+APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ＇"), "'")
+# A point or a comma inside a number, or a point before one: 4.5, 4,5, .5, but not the comma of 4,500.
+DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)|(?<=\d),(?!\d{3}(?!\d))(?=\d)|(?<![\w.])\.(?=\d)")
 ABSTENTION = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ABSTENTIONS)) + r")(?!\w)")
-SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\s/\s|\n")
+SENTENCE_END = re.compile(r"[.!?;][\"'”’»)*_]*(?=\s|$)|\s/\s|\n")
 
 
 def normalize(text: str) -> list[str]:
-    """The words of a text after SQuAD's normalisation: lower case, no ASCII punctuation, no articles."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    """The words of a text after SQuAD's normalisation: lower case, no punctuation, no articles.
+
+    Unlike SQuAD's, it drops the punctuation of Unicode too, and keeps a decimal point (or comma) as a point.
+    """
+    parts = DECIMAL_POINT.split(text.lower())
+    text = ".".join(part.translate(NO_PUNCTUATION) for part in parts)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
@@ -251,7 +330,10 @@ def token_recall(response: str, gold: str) -> float:
     """The share of the gold's words (as a multiset) that the response has: |response ∩ gold| / |gold|."""
     wanted = Counter(normalize(gold))
     if not wanted:
-        return float(response.strip().lower() == gold.strip().lower() != "")
+        for form in (str.lower, bare):
+            if form(response).strip() == form(gold).strip() != "":
+                return 1.0
+        return 0.0
     return (wanted & Counter(normalize(response))).total() / wanted.total()
 
 
@@ -263,7 +345,7 @@ def sentences(text: str) -> list[str]:
 
 def bare(text: str) -> str:
     """Lower-cased, without marks and blanks around it."""
-    return text.lower().replace("’", "'").strip(string.punctuation + string.whitespace)
+    return text.lower().translate(APOSTROPHES).strip(PUNCTUATION + string.whitespace)
 
 
 def abstains(response: str) -> bool:
@@ -274,11 +356,12 @@ def abstains(response: str) -> bool:
 
 
 def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequence[str] = ()) -> bool:
-    """Does a response of at most 50 words hold every word of a gold? Where there is no answer: does it abstain at once?
+    """Does a response of at most 50 words hold every word of a gold? Without one: does it abstain at once?
 
-    Longer ones are rejected, because whoever recites the context has every word. So is an answer that abstains later.
+    Longer ones are rejected, because whoever recites the context has every word. So is an answer that
+    abstains later.
     """
-    if len(response.split()) > MAX_WORDS:
+    if is_blank(response) or len(response.split()) > MAX_WORDS:
         return False
     if unanswerable:
         first_sentence = next(iter(sentences(response)), "")
@@ -315,18 +398,24 @@ def workers() -> int:
 
 
 def judge_all(name: str, pairs: Sequence[tuple[Example, str]], generate=None) -> Iterator[bool | None]:
-    """Verdicts on (example, response) pairs, in their order, as they come. None: the LLM judge's reply holds none.
+    """Verdicts on (example, response) pairs, in their order, as they come. None: the LLM gave none.
 
-    "llm" asks `generate` (see LLMJudge). Programs run in parallel, one a core. Their limit is CPU time, so that a busy
-    machine changes no verdict.
+    "llm" asks `generate` (see LLMJudge). Programs run in parallel, one a core. Their limit is CPU time, so
+    that a busy machine changes no verdict.
     """
     if name == "llm":
         judge = LLMJudge(generate)
-        for start in range(0, len(pairs), LLM_BATCH):
+        yield from judge.verdicts(pairs[:FIRST_REPLIES])  # few at first: a judge that cannot judge ends here
+        for start in range(FIRST_REPLIES, len(pairs), LLM_BATCH):
             yield from judge.verdicts(pairs[start : start + LLM_BATCH])
-    elif name == "code":
+        return
+
+    def verdict(pair: tuple[Example, str]) -> bool:
+        x, response = pair
+        return not is_blank(response) and JUDGES[name](x, response)
+
+    if name == "code":
         with ThreadPoolExecutor(workers()) as pool:
-            yield from pool.map(lambda pair: JUDGES["code"](*pair), pairs)
+            yield from pool.map(verdict, pairs)
     else:
-        for x, response in pairs:
-            yield JUDGES[name](x, response)
+        yield from map(verdict, pairs)

@@ -1,8 +1,8 @@
 """The code judge on MBPP's 974 gold programs: verdicts, and programs a second.
 
-First one after the other on one core, timed in CPU seconds (ours and the children's, so that a busy machine changes
-nothing), then all of them through `judge_all` on all cores, where every verdict must be the same and in its place.
-Every program should pass; one that does not is named, and the exit status is 1.
+First one after the other on one core, timed in CPU seconds (ours and the children's, so that a busy machine
+changes nothing), then all of them through `judge_all` on all cores, where every verdict must be the same and
+in its place. Every program should pass; one that does not is named, and the exit status is 1.
 
     python -m bench.judge --data data --out runs/bench
 """
@@ -45,15 +45,22 @@ def measure(pairs: list[tuple[Example, str]]) -> dict:
     verdicts, seconds = zip(*timed(tqdm(one_core, "one core", len(pairs), unit="program")), strict=True)
     start = time.monotonic()
     parallel = list(tqdm(judge_all("code", pairs), "all cores", len(pairs), unit="program"))
-    fast = [second for second in seconds if second < SLOW]
     names = [x.id for x, _ in pairs]
+    fast, slow, failed = [], {}, []
+    for name, verdict, second in zip(names, verdicts, seconds, strict=True):
+        if not verdict:
+            failed.append(name)
+        if second < SLOW:
+            fast.append(second)
+        else:
+            slow[name] = round(second, 2)
     return {
         "programs": len(pairs),
         "accepted": sum(verdicts),
-        "failed": [name for name, verdict in zip(names, verdicts, strict=True) if not verdict],
+        "failed": failed,
         "same verdicts in parallel": parallel == list(verdicts),
         "programs per CPU second": round(len(fast) / sum(fast), 1),
-        "slow": {name: round(second, 2) for name, second in zip(names, seconds, strict=True) if second >= SLOW},
+        "slow": slow,
         "programs per second, all cores": round(len(pairs) / (time.monotonic() - start), 1),
         "cores": os.cpu_count(),
         "machine": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
@@ -67,11 +74,13 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--data", type=Path, default=Path("data"), help="holds mbpp/mbpp.jsonl (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="for judge.json, judge.md (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="results go there (%(default)s)")
     args = parser.parse_args()
-    rows = read_jsonl(args.data / "mbpp" / "mbpp.jsonl", ("task_id", "text", "code", "test_list", "test_setup_code"))
+    fields = ("task_id", "text", "code", "test_list", "test_setup_code")
+    rows = read_jsonl(args.data / "mbpp" / "mbpp.jsonl", fields)
     results = measure([(mbpp_example(row), f"[[BEGIN]]\n{row['code']}\n[[DONE]]") for row in rows])
     write_json(args.out / "judge.json", results)
     write_text(args.out / "judge.md", table(results))

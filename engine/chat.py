@@ -1,33 +1,257 @@
-"""Chat templates: user turns and responses as token ids."""
+"""Chat templates: a user turn and its response as token ids, and generated tokens as the text that people
+see.
+
+    prompt                                          target
+    <|user|>What is 6 times 3?<|end|><|assistant|>  It is 18.<|end|>
+
+What a model generated is trained on as its own tokens. A gold is text, so it is put where the template itself
+puts an assistant's words, and closed as the template closes a turn (turn_format.py reads both off the
+template).
+
+Special tokens inside a question or a gold are encoded as plain text. An added token that the tokenizer does
+not call special, such as Qwen's <think>, stays a token there. So a gold may hold reasoning of its own.
+
+Channels (`response_text`): a template that writes special tokens before an answer names its final channel
+(gpt-oss, Command R7B). Blocks in <name>, </name> or [NAME], [/NAME] are left out if both are added tokens
+(Qwen3, Magistral) or the template writes them. Otherwise special tokens cut a response into parts, and the
+last part is the answer. Not covered: channels told apart by words alone in a template that shows no answer,
+blocks whose two ends have other names (<|begin_of_thought|>), and tokenizers without a Hugging Face chat
+template.
+"""
+
+import re
+
+from engine.turn_format import (
+    ANSWER,
+    QUESTION,
+    TurnFormat,
+    closing_tag,
+    message,
+    render,
+    special_tokens,
+    turn_format,
+)
+from support.cli import InputError
+
+# Characters of private use that enclose a special token in a text, from rendering to encoding.
+MARK_START = "\U000f0000"
+MARK_END = "\U000f0001"
 
 
+# --- Token ids ----------------------------------------------------------------------------------------------
 
 
 def chat_ids(tokenizer, user: str) -> list[int]:
-    """Token ids of one user turn in the tokenizer's own chat template, ready for the response to begin. One BOS at most."""
-    messages = [{"role": "user", "content": user}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    """Token ids `[length]` of one user turn in the tokenizer's chat template, ready for the response to
+    begin."""
+    return _encode(tokenizer, _prompt_text(tokenizer, user))
 
 
-def training_ids(tokenizer, user: str, response: str, tokens=None) -> tuple[list[int], list[bool]]:
+def training_ids(
+    tokenizer, user: str, response: str, tokens: list[int] | None = None
+) -> tuple[list[int], list[bool]]:
     """(ids, is_target), both `[length]`: prompt, response and end of turn. Only the last two are trained on.
 
-    The mask goes by position: where a tokenizer pads with its EOS, a mask by token id would never teach the model to stop.
+    `tokens` are what the model itself generated, its end of turn included. They are the targets as they are,
+    and `response` is not read. Without them the response is encoded, and closed as the template closes a
+    turn. The mask goes by position: where a tokenizer pads with its EOS, a mask by token id would never teach
+    to stop.
     """
     before = chat_ids(tokenizer, user)
-    target = list(tokens) if tokens else tokenizer.encode(response, add_special_tokens=False) + [end_of_turn(tokenizer)]
+    target = list(tokens) if tokens else _gold_ids(tokenizer, user, response, before)
     return before + target, [False] * len(before) + [True] * len(target)
 
 
 def end_of_turn(tokenizer) -> int:
-    """The token with which the chat template closes an assistant turn (Gemma: <end_of_turn>), else the EOS token."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "RESPONSE"}]
-    after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("RESPONSE")[2].strip()
-    ids = tokenizer.encode(after, add_special_tokens=False)
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+    """The token with which the chat template closes an assistant turn (Gemma: <end_of_turn>), else the EOS
+    token.
+
+    InputError: there is neither.
+    """
+    return turn_format(tokenizer).end
 
 
-def end_tokens(tokenizer, model) -> set[int]:
-    """Every token that ends a turn."""
-    eos = model.generation_config.eos_token_id
-    return {end_of_turn(tokenizer), tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+def end_tokens(tokenizer, model=None) -> set[int]:
+    """All tokens that end a response: the template's, the tokenizer's EOS, and those of the generation
+    config."""
+    ends = {tokenizer.eos_token_id}
+    if getattr(tokenizer, "chat_template", None):
+        ends.add(end_of_turn(tokenizer))
+    if model is not None and getattr(model, "generation_config", None) is not None:
+        configured = model.generation_config.eos_token_id
+        ends.update(configured if isinstance(configured, list) else [configured])
+    return ends - {None}
+
+
+def _prompt_text(tokenizer, user: str) -> str:
+    as_parts = turn_format(tokenizer).as_parts
+    marked = _mark_special_tokens(tokenizer, user)
+    return render(tokenizer, [message("user", marked, as_parts)], add_generation_prompt=True)
+
+
+def _gold_ids(tokenizer, user: str, response: str, before: list[int]) -> list[int]:
+    """The targets of a text: what the template writes before an answer, the text, and the end of the turn."""
+    turn = turn_format(tokenizer)
+    if turn.strips:
+        response = response.strip()
+    marked = _mark_special_tokens(tokenizer, response)
+    thinks_itself = any(closing_tag(tag) in response for tag in turn.blocks)
+    if thinks_itself and marked == response:
+        answer = marked + turn.closing
+    else:
+        answer = turn.opening + marked + turn.closing
+
+    whole = _encode(tokenizer, _prompt_text(tokenizer, user) + answer)
+    if whole[: len(before)] == before:
+        target = whole[len(before) :]
+    else:  # the end of the prompt and the beginning of the answer would make one token
+        target = _encode(tokenizer, answer, continued=True)
+
+    if target[-1:] != [turn.end]:
+        target.append(turn.end)
+    return target
+
+
+def _mark_special_tokens(tokenizer, text: str) -> str:
+    """Enclose each special token in the text, so that `_encode` can tell it from the template's own."""
+    return special_tokens(tokenizer).pattern.sub(rf"{MARK_START}\g<0>{MARK_END}", text)
+
+
+def _encode(tokenizer, text: str, continued: bool = False) -> list[int]:
+    """Token ids of a rendered text, whose enclosed special tokens become plain text.
+
+    `continued`: the text goes on from another one, so that no tokenizer may put a blank before it.
+    """
+    ids = []
+    plain = False
+    for piece in re.split(f"[{MARK_START}{MARK_END}]", text):
+        if plain:
+            ids += _encode_plainly(tokenizer, piece)
+        elif piece and (ids or continued):
+            ids += _encode_continued(tokenizer, piece)
+        else:
+            ids += tokenizer.encode(piece, add_special_tokens=False)
+        plain = not plain
+    return ids
+
+
+def _encode_plainly(tokenizer, special: str) -> list[int]:
+    """A special token's text as plain text."""
+    ids = _encode_continued(tokenizer, special, split_special_tokens=True)
+    if tokenizer.convert_tokens_to_ids(special) in ids:  # added, but not called special: cut it in two
+        return _encode_continued(tokenizer, special[:1]) + _encode_continued(tokenizer, special[1:])
+    return ids
+
+
+def _encode_continued(tokenizer, text: str, **options) -> list[int]:
+    """Token ids of a text that goes on from another. Some tokenizers put a blank before whatever comes
+    first."""
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    ids = tokenizer.encode("\n" + text, add_special_tokens=False, **options)
+    if ids[: len(newline)] == newline:
+        return ids[len(newline) :]
+    return tokenizer.encode(text, add_special_tokens=False, **options)
+
+
+# --- The text of a response ---------------------------------------------------------------------------------
+
+
+def response_text(tokenizer, tokens: list[int]) -> str:
+    """What judges and people see of a response: its final part, without special tokens and thinking.
+
+    "" where a response never came to its answer. The head of this file says which channels are recognised.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return _decode(tokenizer, tokens)
+    turn = turn_format(tokenizer)
+    special = special_tokens(tokenizer).ids
+
+    # 1. What ends the response.
+    ids = list(tokens)
+    closing = _encode(tokenizer, turn.closing, continued=True)
+    if closing and ids[-len(closing) :] == closing:
+        ids = ids[: -len(closing)]
+    block_ends = {closing_tag(tag) for tag in turn.blocks}
+    while ids and ids[-1] in special and tokenizer.convert_ids_to_tokens(ids[-1]) not in block_ends:
+        ids.pop()
+
+    # 2. Where special tokens cut it: the channel in which the template writes an answer, else the last part.
+    last_part = _last_part(tokenizer, turn, ids, special)
+    text = _decode(tokenizer, last_part)
+
+    # 3. Blocks whose tags are text, at the beginning of the response or begun by the prompt.
+    whole = text
+    for tag in turn.blocks:
+        begun = tag == turn.open_block and last_part == ids
+        if begun or text.lstrip().startswith(tag):
+            text = text.partition(closing_tag(tag))[2]
+    if last_part == ids and text == whole:
+        return text
+    return text.lstrip()
+
+
+def _last_part(tokenizer, turn: TurnFormat, ids: list[int], special: frozenset[int]) -> list[int]:
+    """The tokens behind the last special one. [] if that begins a block, or a channel that is not the
+    answer's."""
+    channel = _encode(tokenizer, turn.opening.strip(), continued=True)
+    if special.intersection(channel):
+        start = _last_place(ids, channel)
+        if start is None and special.intersection(ids):
+            return []
+        ids = ids[start:]
+
+    for place in reversed(range(len(ids))):
+        if ids[place] in special:
+            begins_block = tokenizer.convert_ids_to_tokens(ids[place]) in turn.blocks
+            return [] if begins_block else ids[place + 1 :]
+    return ids
+
+
+def _decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _last_place(ids: list[int], part: list[int]) -> int | None:
+    """The index behind the last occurrence of `part` in `ids`. None: it has none."""
+    for start in reversed(range(len(ids) - len(part) + 1)):
+        if part and ids[start : start + len(part)] == part:
+            return start + len(part)
+    return None
+
+
+# --- Before anything is generated ---------------------------------------------------------------------------
+
+
+def check_template(model, tokenizer) -> list[str]:
+    """What in this model's chat differs from the plain case, and what is done about it, one line each.
+
+    InputError: the template raises, nothing would end a response, or the model has no embedding for a token.
+    """
+    turn = turn_format(tokenizer)
+    ids, _ = training_ids(tokenizer, QUESTION, ANSWER)
+    _check_embedding(model, tokenizer, {*ids, *end_tokens(tokenizer)})
+    if turn.note:
+        return [turn.note]
+
+    messages = [message("user", QUESTION, turn.as_parts), message("assistant", ANSWER, turn.as_parts)]
+    own_text = render(tokenizer, messages)
+    end = own_text.rindex(ANSWER) + len(ANSWER + turn.closing)
+    if ids != _encode(tokenizer, own_text[:end]):
+        return ["in the template's own text prompt and answer run into one token: a gold begins with its own"]
+    return []
+
+
+def _check_embedding(model, tokenizer, used: set[int]) -> None:
+    """InputError: a token of the template, or one that a text can hold, has no embedding.
+
+    A special token that the template does not write may lack one (Gemma 3 1B: the mark of an image).
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    never_in_text = special_tokens(tokenizer).ids - used
+    missing = [id for id in tokenizer.get_vocab().values() if id >= rows and id not in never_in_text]
+    if missing:
+        token = tokenizer.convert_ids_to_tokens(min(missing))
+        raise InputError(
+            f"the model has {rows} embeddings, and the tokenizer {len(missing)} tokens beyond them, such as "
+            f"{token}: they belong to different models, or the embedding must be resized first"
+        )

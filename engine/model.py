@@ -1,6 +1,8 @@
 """A model: the device it runs on, how it is loaded, how much it holds."""
 
 import contextlib
+import datetime
+import functools
 import math
 import resource
 import sys
@@ -17,6 +19,9 @@ from support import ranks
 from support.cli import InputError
 
 transformers.logging.disable_progress_bar()
+
+# What a date format of a chat template may hold (Llama 3.2: "%d %b %Y").
+CLOCK_DIRECTIVES = "%-d %-m %a %A %b %B %d %e %F %H %I %j %m %M %p %S %T %y %Y".split()
 
 
 # --- Devices ------------------------------------------------------------------------------------------------
@@ -66,13 +71,50 @@ def loading_error_as_one_line(name: str):
         raise InputError(f"--model {name}: cannot be loaded ({one_line[:300]})") from None
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False, chat: bool = True):
-    """The tokenizer of a model. InputError: it cannot be loaded, or has no chat template where one is needed."""
+def load_tokenizer(
+    name: str,
+    trust_remote_code: bool = False,
+    chat: bool = True,
+    chat_template_kwargs: dict | None = None,
+    date: str | None = None,
+):
+    """A model's tokenizer. InputError: it cannot be loaded, or lacks a chat template where one is needed.
+
+    `chat_template_kwargs`, such as {"enable_thinking": False}, and the `date` (2026-11-25) of a template with
+    a clock are the same in every rendering from then on.
+    """
     with loading_error_as_one_line(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     if chat and not tokenizer.chat_template:
         raise InputError(f"--model {name}: its tokenizer has no chat template; take an instruct model")
+
+    if chat_template_kwargs:
+        render = tokenizer.apply_chat_template
+        tokenizer.apply_chat_template = functools.partial(render, **chat_template_kwargs)
+    if date and isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = stopped_clock(date) + tokenizer.chat_template
     return tokenizer
+
+
+def stopped_clock(date: str) -> str:
+    """A macro in front of a chat template, in place of transformers' clock: `strftime_now(format)`.
+
+    The template sees midnight of `date` (2026-11-25), whenever it is rendered. InputError: that is no date.
+    """
+    try:
+        midnight = datetime.datetime.fromisoformat(date)
+    except ValueError:
+        raise InputError(f"date {date}: not a date such as 2026-11-25") from None
+    filters = ""
+    for directive in CLOCK_DIRECTIVES:
+        filters += f"|replace('{directive}', '{midnight.strftime(directive)}')"
+    return "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}"
+
+
+def load_config(name: str, trust_remote_code: bool = False):
+    """A model's configuration: a small file, which is read long before the weights."""
+    with loading_error_as_one_line(name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -81,6 +123,8 @@ def load_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     chat: bool = True,
+    chat_template_kwargs: dict | None = None,
+    date: str | None = None,
 ):
     """(model, tokenizer) of a Hugging Face name or folder, from safetensors only, in eval mode.
 
@@ -89,10 +133,10 @@ def load_model(
     device = usable_device(device)
     if dtype is None:
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    tokenizer = load_tokenizer(name, trust_remote_code, chat)
+    tokenizer = load_tokenizer(name, trust_remote_code, chat, chat_template_kwargs, date)
 
+    config = load_config(name, trust_remote_code)
     with loading_error_as_one_line(name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -101,15 +145,19 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
 
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = _eos_of_generation(model, tokenizer)
     model = model.to(device).eval()
     trial.use_rows_attention(model)
     return model, tokenizer
 
 
-def load_config(name: str, trust_remote_code: bool = False):
-    """A model's configuration: a small file, read long before its weights."""
-    with loading_error_as_one_line(name):
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+def _eos_of_generation(model, tokenizer) -> str | None:
+    """The token at which the model's own generation stops, for a tokenizer that names none."""
+    ids = model.generation_config.eos_token_id
+    if isinstance(ids, list):
+        ids = ids[0]
+    return None if ids is None else tokenizer.convert_ids_to_tokens(ids)
 
 
 # --- What a model holds -------------------------------------------------------------------------------------
@@ -122,8 +170,8 @@ def context_length(config) -> float:
 
 def count_weights(name: str, trust_remote_code: bool = False) -> int:
     """How many weights a model has, from its configuration alone: nothing is loaded."""
+    config = load_config(name, trust_remote_code)
     with loading_error_as_one_line(name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from engine import forward
-from engine.forward import HeadLoss, Row, common_prefix, split_by_tokens  # noqa: F401, read from here by others
+from engine.forward import HeadLoss, Row, split_by_tokens  # noqa: F401, others import these from here
 from engine.trial import ways_of
 from support.cli import InputError
 
@@ -53,7 +53,8 @@ def token_log_probs(model, rows: list[Row], share_prefix: bool = False) -> Itera
         size = sum(len(ids) for ids, _ in group)
         if len(group) == 1:
             raise InputError(
-                f"out of memory over one row of {size} tokens: leave out such long rows, or take a smaller model"
+                f"out of memory over one row of {size} tokens: leave out such long rows, "
+                "or take a smaller model"
             )
         tokens = size // 2
         torch.cuda.empty_cache()

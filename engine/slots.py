@@ -1,14 +1,49 @@
 """Preallocated keys and values of all layers, in which each row has a slot."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 CPU_GIB = 2.0  # default budget for keys and values off the GPU
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's keys and values of one token, and how far back its tokens look."""
+
+    keys: torch.Tensor  # [1, kv_heads, 1, key_dim]
+    values: torch.Tensor  # [1, kv_heads, 1, value_dim]
+    kind: str  # transformers' name for it: full_attention, sliding_attention, chunked_attention
+    window: int | None  # tokens of a window or of a chunk; None: its tokens see all that came before
+
+    def first_visible(self, positions: torch.Tensor) -> torch.Tensor:
+        """The position of the first key that the tokens at `positions` see; the last one is their own."""
+        if self.window is None:
+            return torch.zeros_like(positions)
+        if self.kind == "chunked_attention":
+            return positions - positions % self.window
+        return positions - self.window + 1
+
+
+def layers_of(model) -> list[Layer]:
+    """The model's layers, as one token in transformers' own cache shows them. ValueError: one keeps no keys."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor([[0]], device=model.device), past_key_values=cache, use_cache=True)
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or [None] * len(cache.layers)
+
+    layers = []
+    for number, layer in enumerate(cache.layers):
+        keys = getattr(layer, "keys", None)
+        if keys is None or keys.dim() != 4:
+            raise ValueError(f"layer {number} keeps no plain keys and values: {type(layer).__name__}")
+        window = getattr(layer, "sliding_window", None)
+        kind = kinds[number] or "sliding_attention"  # a model whose layers are all alike need not name them
+        layers.append(Layer(keys, layer.values, kind, window))
+    return layers
 
 
 @dataclass(frozen=True)
@@ -23,29 +58,44 @@ class NextWrite:
 class SlotCache(Cache):
     """Keys and values of all layers, in buffers `[slots + 1, kv_heads, max_length, head_dim]` written in place.
 
-    The last slot, `common_slot`, keeps the prefix that all prompts share. Set `next_write` before each
-    forward. The model then calls `update` once a layer, and attends over what it returns.
+    The last slot, `common_slot`, keeps the prefix that all prompts share. Set `next_write` before each forward.
+    The model then calls `update` once a layer, and attends over what it returns.
     """
 
-    def __init__(self, one_token: DynamicCache, slots: int, max_length: int):
-        """`one_token`: a cache in which the model has put one token. It shows every layer's shape and type."""
+    def __init__(self, layers: list[Layer], slots: int, max_length: int):
         super().__init__(layers=[])
         self.slots = slots
         self.common_slot = slots
         self.next_write: NextWrite | None = None
         self.buffers = []  # (keys, values) of each layer
-        for layer in one_token.layers:
+        for layer in layers:
             _, kv_heads, _, key_dim = layer.keys.shape
             value_dim = layer.values.shape[3]
             keys = layer.keys.new_zeros(slots + 1, kv_heads, max_length, key_dim)
             values = layer.values.new_zeros(slots + 1, kv_heads, max_length, value_dim)
             self.buffers.append((keys, values))
 
-    def mask(self) -> torch.Tensor:
-        """The additive mask `[rows, 1, width, length]` of the next forward: a token sees keys up to its position."""
+        self.layer_of_kind = {layer.kind: layer for layer in layers}
+        self.has_windows = any(layer.window and layer.window < max_length for layer in layers)
+
+    def masks(self) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The additive mask `[rows, 1, width, length]` of the next forward; where layers differ, one for each kind.
+
+        So transformers' models take them: a tensor serves all layers, a dictionary names the kinds.
+        """
+        masks = {kind: self.mask(layer) for kind, layer in self.layer_of_kind.items()}
+        if self.has_windows and len(masks) > 1:
+            return masks
+        return masks.popitem()[1]
+
+    def mask(self, layer: Layer) -> torch.Tensor:
+        """A token sees the keys up to its own position, from the first one that lies in the layer's window."""
         keys = self.buffers[0][0]
+        positions = self.next_write.positions[:, None, :, None]
         key_positions = torch.arange(self.next_write.length, device=keys.device)
-        hidden = key_positions > self.next_write.positions[:, None, :, None]
+        hidden = key_positions > positions
+        if self.has_windows:
+            hidden |= key_positions < layer.first_visible(positions)
         return keys.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(keys.dtype).min)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -90,7 +140,7 @@ def forward_in_slots(
     output = model(
         input_ids=torch.tensor(tokens, device=model.device),
         position_ids=positions,
-        attention_mask=cache.mask(),
+        attention_mask=cache.masks(),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
@@ -98,41 +148,17 @@ def forward_in_slots(
     return output.logits[:, -1]
 
 
-def one_token_cache(model) -> DynamicCache:
-    """transformers' own cache, in which the model has put one token."""
-    cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([[0]], device=model.device), past_key_values=cache, use_cache=True)
-    return cache
-
-
-def why_no_slots(model, longest: int) -> str:
-    """What the model has that slots do not cover, for rows of up to `longest` tokens, or ""."""
-    config = model.config.get_text_config(decoder=True)
-    if not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters):
-        return "a forward without position_ids or logits_to_keep"
-    if model.config.is_encoder_decoder or getattr(config, "alibi", False):
-        return "an encoder or ALiBi"
-    if any(kind in config._attn_implementation for kind in ("flash", "flex", "paged")):
-        return f"{config._attn_implementation} attention"
-    rope = getattr(config, "rope_parameters", None) or {}
-    original_length = rope.get("original_max_position_embeddings", 0)
-    if rope.get("rope_type") in ("dynamic", "longrope") and longest > original_length:
-        return "rotary frequencies that change with the length"
-
-    for layer in one_token_cache(model).layers:
-        window = layer.sliding_window if type(layer) is DynamicSlidingWindowLayer else longest
-        plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.keys is not None
-        if not plain or window < longest:
-            return f"a cache of the kind {type(layer).__name__}"
-    return ""
-
-
-def slots_in_memory(one_token: DynamicCache, max_length: int, memory_gib: float | None) -> int:
+def slots_in_memory(layers: list[Layer], max_length: int, memory_gib: float | None) -> int:
     """How many rows of `max_length` tokens the memory budget holds, at least 1."""
-    token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in one_token.layers)
-    device = one_token.layers[0].keys.device
+    token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    budget = memory_budget(layers[0].keys.device, memory_gib)
+    return max(1, int(budget / (token_bytes * max_length)) - 1)  # one holds the common prefix
+
+
+def memory_budget(device: torch.device, memory_gib: float | None) -> float:
+    """Bytes for keys and values: `memory_gib`, else 80 % of what is free on a GPU, else 2 GiB."""
     if memory_gib is None and device.type == "cuda":
         torch.cuda.empty_cache()
-        memory_gib = 0.8 * torch.cuda.mem_get_info(device)[0] / 2**30
-    budget = (memory_gib or CPU_GIB) * 2**30
-    return max(1, int(budget / (token_bytes * max_length)) - 1)  # one holds the common prefix
+        free, _ = torch.cuda.mem_get_info(device)
+        return 0.8 * free
+    return (memory_gib or CPU_GIB) * 2**30

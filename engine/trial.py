@@ -12,40 +12,38 @@ and a batch that changes its rows.
 """
 
 import contextlib
-import traceback
 import weakref
 
 import torch
 from tqdm import tqdm
 
 import lora
-from engine.forward import Row, Ways, logits_at, pack, plain_inputs, target_logits, target_loss
+from engine.forward import Row, Ways, logits_at, pack, plain_inputs, target_logits
+from engine.lora_trial import CAN_GO_WRONG, failure, try_training_step
 from support.cli import InputError
 
-LENGTHS = (17, 17, 9, 24)  # of the rows that are tried; the first two are alike, to run as a batch
-PREFIX = 11  # tokens of the prefix that is tried
-REACH = {"cpu": 160, "cuda": 1100}  # a window of up to so many tokens gets a row that is longer
-CAN_GO_WRONG = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
+LENGTHS = (9, 9, 5, 14)  # of the rows that are tried; the first two are alike, to run as a batch
+PREFIX = 6  # tokens of the prefix that is tried
+REACH = {"cpu": 160, "cuda": 2100}  # a window of up to so many tokens gets a row that is longer
 
-_ways: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (its attention, its Ways)
+_ways = weakref.WeakKeyDictionary()  # model -> (its attention, its Ways)
+_right_with_rows = weakref.WeakSet()  # models whose logits are their own under "rows"
 
 
 def check(model, tokenizer) -> list[str]:
-    """Try everything that a run rests on, before any generation -> lines that say what is slower, or not
-    trained.
+    """Try all that a run rests on, before any generation -> lines on what is slower, or not trained.
 
     InputError: the model cannot run, or the LoRA layers that are in it cannot be trained.
     """
     ways = ways_of(model, announce=False)
     lines = list(ways.slow)
     if lora.parameters(model):
-        lines += try_training_step(model, ways)
+        lines += try_training_step(model, trial_rows(model)[:3], ways)
     return lines
 
 
 def ways_of(model, announce: bool = True) -> Ways:
-    """The fast ways that this model allows, tried at the first call. LoRA may come and go: it changes none of
-    them.
+    """The fast ways that this model allows, tried at the first call. LoRA layers may come and go.
 
     `announce` prints a line for each way that fails. InputError: the model cannot run, or is not causal.
     """
@@ -130,16 +128,14 @@ def try_ways(model) -> Ways:
 
 
 def tried(property_holds, *args) -> bool:
-    """Whether a property holds. An error is a no, except where memory is out."""
+    """Whether a property holds. An error is a no, out of memory too: the slow ways need less of it."""
     try:
         return property_holds(*args)
-    except torch.OutOfMemoryError:
-        raise
     except CAN_GO_WRONG:
         return False
 
 
-# ------------------------------------------------------------------------------------- the rows that are tried
+# ----------------------------------------------------------------------------------- the rows that are tried
 
 
 def trial_rows(model) -> list[Row]:
@@ -150,7 +146,7 @@ def trial_rows(model) -> list[Row]:
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     context = min(context_lengths(model.config), default=2**31)
-    reach = REACH.get(model.device.type, 1100)
+    reach = REACH.get(model.device.type, REACH["cpu"])
     windows = [n for n in lengths_in(model.config) if max(LENGTHS) <= n <= reach and n < context]
     lengths = [min(length, context) for length in LENGTHS]
     if windows:
@@ -188,25 +184,28 @@ def numbers(settings, words) -> list[int]:
     return found
 
 
-# -------------------------------------------------------------------------------------------- the comparisons
+# ------------------------------------------------------------------------------------------ the comparisons
 
 
 def plain_logits(model, ids: list[int]) -> torch.Tensor:
-    """Logits `[length, vocab]` of one row, as anyone would call the model. InputError: it cannot be called."""
+    """Logits `[length, vocab]` of one row, as anyone would call the model. InputError: it fails."""
     try:
         return model(**plain_inputs(model, torch.tensor(ids, device=model.device))).logits[0]
     except torch.OutOfMemoryError:
         raise InputError(f"out of memory over one row of {len(ids)} tokens: take a smaller model") from None
     except CAN_GO_WRONG as error:
-        raise InputError(f"{type(model).__name__} fails over {len(ids)} tokens: {one_line(error)}") from None
+        raise failure(model, f"a forward pass over {len(ids)} tokens", error) from None
 
 
 def deviation(found, expected) -> float:
-    """How far logits `[tokens, vocab]` are from the expected ones at the worst token, in spreads of its
-    logits.
-    """
-    difference = (found.float() - expected.float()).abs().amax(-1)
-    return (difference / expected.float().std(-1)).max().item()
+    """How far logits `[tokens, vocab]` are from the expected ones, in their spread, at the worst token."""
+    parts = []
+    for start in range(0, len(expected), 256):  # in float32 all of them at once would be large
+        part = slice(start, start + 256)
+        wanted = expected[part].float()
+        difference = (found[part].float() - wanted).abs().amax(-1)
+        parts.append(difference / wanted.std(-1))
+    return torch.cat(parts).max().item()
 
 
 def allowed_deviation(model, rows, expected) -> float:
@@ -233,9 +232,8 @@ def keeps_logits(model, rows, expected, tolerance) -> bool:
     positions = torch.tensor([1, 4, 5], device=model.device)
     inputs = plain_inputs(model, torch.tensor(ids, device=model.device))
     found = logits_at(model, inputs, positions, keeps_logits=True)
-    return (
-        found.shape == expected[0][positions].shape and deviation(found, expected[0][positions]) <= tolerance
-    )
+    wanted = expected[0][positions]
+    return found.shape == wanted.shape and deviation(found, wanted) <= tolerance
 
 
 def packs(model, rows, expected, tolerance, ways) -> bool:
@@ -249,10 +247,10 @@ def packs(model, rows, expected, tolerance, ways) -> bool:
     if not deviation(found, alone) <= tolerance:  # nor where it is not a number
         return False
 
-    pack_of_short_last = [*rows[2:], rows[2]]
-    inputs, _, _ = pack(model, pack_of_short_last)
+    short, long = rows[2], rows[3]
+    inputs, _, _ = pack(model, [short, long, short])
     tokens = inputs["input_ids"].shape[1]
-    before_last = tokens - len(rows[2][0])
+    before_last = tokens - len(short[0])
     return not depends_on(model, inputs, slice(before_last, tokens), slice(0, before_last))
 
 
@@ -319,18 +317,22 @@ def has_plain_head(model, row, expected, tolerance) -> bool:
 
 def back_to_own_attention(model, rows) -> str | None:
     """Put the model's own attention back where "rows" does not give its logits -> a line that says so."""
-    if model.config._attn_implementation != "rows":
+    if model.config._attn_implementation != "rows" or model in _right_with_rows:
         return None
     ours = [tried_logits(model, ids) for ids, _ in rows]
     own = set_own_attention(model)
-    expected = [plain_logits(model, ids) for ids, _ in rows]
+    try:
+        expected = [plain_logits(model, ids) for ids, _ in rows]
+    except InputError:
+        model.set_attn_implementation("rows")
+        raise
     tolerance = allowed_deviation(model, rows, expected)
     for found, wanted in zip(ours, expected, strict=True):
         if found is None or not deviation(found, wanted) <= tolerance:
-            return (
-                f"{type(model).__name__}: our attention computes something else, so it keeps its own ({own})"
-            )
+            name = type(model).__name__
+            return f"{name}: our attention computes something else, so it keeps its own ({own})"
     model.set_attn_implementation("rows")
+    _right_with_rows.add(model)
     return None
 
 
@@ -342,111 +344,9 @@ def tried_logits(model, ids):
 
 
 def set_own_attention(model) -> str:
-    """Take "rows" out -> the name of what is in its place: "sdpa", or "eager" for a model that knows no
-    other.
-    """
+    """Put "sdpa" in the place of "rows", or "eager" where the model knows no other -> its name."""
     try:
         model.set_attn_implementation("sdpa")
     except CAN_GO_WRONG:
         model.set_attn_implementation("eager")
     return model.config._attn_implementation
-
-
-# ----------------------------------------------------------------------------------------- a step of training
-
-
-def try_training_step(model, ways: Ways) -> list[str]:
-    """One step forward and back over short rows -> a line on layers that text does not reach.
-
-    Neither the adapter nor the random state is changed. InputError: the step fails, or a LoRA layer whose
-    surroundings ran has no finite gradient.
-    """
-    rows = trial_rows(model)[:3]
-    training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    ran = set()
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args: ran.add(module)) for module in model.modules()
-    ]
-    try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            model.train()
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-                loss = target_loss(model, rows, False, ways)
-            loss.backward()
-        passed_by, unreached = layers_without_gradient(model, ran)
-    except CAN_GO_WRONG as error:
-        raise InputError(
-            f"--target-modules: one training step of {type(model).__name__} fails at {where(model, error)} "
-            f"({one_line(error)}); name other modules"
-        ) from None
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.zero_grad(set_to_none=True)
-        model.train(training)
-
-    if passed_by or len(unreached) == len(lora.layers(model)):
-        raise InputError(
-            f"--target-modules: {some(passed_by or unreached)} of {type(model).__name__} would not be trained, since "
-            "a training step brings no finite gradient there; name other modules"
-        )
-    if unreached:
-        return [f"{type(model).__name__}: text does not reach {some(unreached)}, so these are not trained"]
-    return []
-
-
-def layers_without_gradient(model, ran: set) -> tuple[list[str], list[str]]:
-    """Names of LoRA layers without a finite gradient, numbers written as *: (passed by, not reached by text).
-
-    A layer is passed by where the module that it is in ran, such as code that takes a weight without calling
-    the layer. Layers that differ in numbers alone are judged together: of many experts, a few rows choose
-    some.
-    """
-    trained, passed_by, unreached = set(), set(), set()
-    for name, layer in lora.layers(model).items():
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        if has_finite_gradient(layer.lora_A) and has_finite_gradient(layer.lora_B):
-            trained.add(kind)
-        elif layer in ran or surroundings(model, name) in ran:
-            passed_by.add(kind)
-        else:
-            unreached.add(kind)
-    return sorted(passed_by - trained), sorted(unreached - trained - passed_by)
-
-
-def surroundings(model, name: str):
-    """The module whose code uses the layer of that name: a list or dictionary of modules has no code."""
-    while True:
-        name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
-        if not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
-            return module
-
-
-def some(names: list[str]) -> str:
-    """The first names of a list that may be long."""
-    if len(names) <= 4:
-        return ", ".join(names)
-    return f"{', '.join(names[:3])} and {len(names) - 3} kinds more"
-
-
-def has_finite_gradient(parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.isfinite().all())
-
-
-def where(model, error) -> str:
-    """The LoRA layers in the innermost module that an error came through, or else all kinds of them."""
-    adapted = lora.layers(model)
-    names = []
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        module = frame.f_locals.get("self")
-        if isinstance(module, torch.nn.Module):
-            inside = [module, *module.children()]
-            here = [name for name, layer in adapted.items() if any(layer is other for other in inside)]
-            names = here or names
-    return some(names or sorted({name.rpartition(".")[2] for name in adapted}))
-
-
-def one_line(error) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

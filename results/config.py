@@ -4,6 +4,7 @@ What is asked when a run goes on is compared with it.
 A run can be moved and copied. So files and models are told by digests, and their paths may change.
 """
 
+from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -23,7 +24,11 @@ class Comparison:
     limit: int | None = None  # only the first rows of every split
     max_new_tokens: int | None = None  # None: the task's own
     files: list[str] | None = None  # of a custom task: train, validation, test
-    contents: list[str] | None = None  # a digest of each of them
+    contents: list[str] | None = None  # a digest of each file that a person brought
+    question_field: str | None = None  # of a custom task's rows; None: the usual names are tried
+    answer_field: str | None = None
+    prompt: str | None = None  # a built-in prompt for a custom task
+    prompt_file: str | None = None  # a person's own prompts
     keep_unfinished: bool = False  # responses that the length limit cut off are judged like any other
     chat_template_kwargs: dict | None = None
     date: str | None = None  # of the day on which the run was begun: some templates show it
@@ -63,6 +68,11 @@ class Job:
         return {name: value for name, value in settings.items() if name not in ("micro_batch", "bf16")}
 
 
+def plain_name(model: str) -> str:
+    """The same name for the same folder: a trailing slash is no other model."""
+    return str(Path(model)) if Path(model).is_dir() else model
+
+
 FLAGS = {"contents": "files with the digests", "files": "the files", "weights": "weights with the digest"}
 
 
@@ -76,7 +86,9 @@ def continued(job: Job) -> Job:
     if path.exists():
         before = read_settings(path, Comparison)
         shared = replace(shared, date=before["date"], weights=before["weights"])
-        may_move = ("files", "model") if shared.weights else ("files",)
+        may_move = ["files", "prompt_file"]
+        if shared.weights:
+            may_move.append("model")
         refuse_changes(path, before, asdict(shared), may_move, "--out")
 
     path = job.folder / "config.json"
@@ -104,7 +116,7 @@ def read_settings(path: Path, kind: type) -> dict:
     return found
 
 
-def refuse_changes(path: Path, before: dict, asked: dict, may_change: tuple[str, ...], flag: str) -> None:
+def refuse_changes(path: Path, before: dict, asked: dict, may_change: Collection[str], flag: str) -> None:
     """InputError: a setting is not the one with which the run was begun."""
     for name, value in asked.items():
         value = list(value) if isinstance(value, tuple) else value  # as JSON has it
@@ -131,7 +143,13 @@ def read_comparison(run: Path) -> Comparison:
     settings = read_settings(path, Comparison)
     names = {field.name for field in fields(Comparison)}
     shared = Comparison(**{name: value for name, value in settings.items() if name in names})
-    if shared.files and shared.contents != file_digests(shared.files):
-        raise InputError(f"--out {run}: {', '.join(shared.files)}: not the rows that the run was begun with; "
-                         "put those back, or train anew with another --out")
+    files = brought_by_a_person(shared.files, shared.prompt_file)
+    if files and shared.contents != file_digests(files):
+        raise InputError(f"--out {run}: {', '.join(files)}: not the rows that the run was begun with; put "
+                         "those back, or train anew with another --out")
     return shared
+
+
+def brought_by_a_person(files: list[str] | None, prompt_file: str | None) -> list[str]:
+    """The files whose contents a run belongs to."""
+    return [*(files or []), *([prompt_file] if prompt_file else [])]

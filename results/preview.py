@@ -5,7 +5,7 @@ Nothing is generated here, and no weights are loaded.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ import torch
 from answers import Answer
 from data import Example, Splits, Task, prompt
 from engine.chat import chat_ids, training_ids
+from engine.model import context_length, count_weights, load_config, load_tokenizer
 from judges import JUDGES, judge_all
+from results.config import Job
 from support.cli import InputError
-from train import TrainingSettings
+from tasks import task_of
 
 SPLITS = ("training", "validation", "test")
 SHOWN = 5  # ids of a fault, at most
@@ -37,7 +39,7 @@ class Rehearsal:
 
     def gold(self, x: Example) -> str:
         user = prompt(self.task.train, x)
-        self._fits(f"{x.id} (training)", user)
+        self.check(f"{x.id} (training)", user)
         ids, _ = training_ids(self.tokenizer, user, self.task.gold(x))
         if len(ids) > self.longest:
             raise InputError(
@@ -47,49 +49,62 @@ class Rehearsal:
         return self.task.gold(x)
 
     def predict(self, D: list[Example]) -> dict[str, Answer]:
-        return self._ask({x.id: prompt(self.task.predict, x) for x in D}, "training")
+        return self.ask(D, {x.id: prompt(self.task.predict, x) for x in D}, "training")
 
     def paraphrase(self, D: list[Example]) -> dict[str, Answer]:
-        return self._ask({x.id: prompt(self.task.paraphrase, x, self.task.gold(x)) for x in D}, "paraphrase")
+        prompts = {x.id: prompt(self.task.paraphrase, x, self.task.gold(x)) for x in D}
+        return self.ask(D, prompts, "paraphrase")
 
     def sample(self, D: list[Example], k: int) -> dict[str, list[Answer]]:
         rejected = self.predict(D)
         self.responses += (k - 1) * len(D)
         return {id: [y] * k for id, y in rejected.items()}
 
-    def _ask(self, prompts: dict[str, str], kind: str) -> dict[str, Answer]:
+    def ask(self, D: list[Example], prompts: dict[str, str], kind: str, sampling=None) -> dict[str, Answer]:
         for id, user in prompts.items():
-            self._fits(f"{id} ({kind})", user)
+            self.check(f"{id} ({kind})", user)
         self.responses += len(prompts)
         return {id: Answer("", accepted=False) for id in prompts}
 
-    def _fits(self, row: str, user: str) -> None:
+    def check(self, row: str, user: str) -> None:
         length = len(chat_ids(self.tokenizer, user))
         if length >= self.longest:
             raise InputError(
                 f"row {row}: its prompt has {length} tokens, the model's context holds {self.longest}")
 
 
-def rehearse(method: Callable, task: Task, splits: Splits, tokenizer, longest: float) -> Rehearsal:
-    """Go through all that a method may ask, and that validation and test will ask.
+def rehearse(method: Callable, job: Job) -> tuple[Task, Splits, object, Rehearsal]:
+    """(task, splits, tokenizer, rehearsal): all that is known of a run without the model's weights.
 
-    InputError: something does not fit.
+    InputError: a row of training, validation or test does not fit the model's context.
     """
+    shared, trusted = job.shared, job.machine.trust_remote_code
+    task, splits = task_of(asdict(shared), job.machine.data)
+    tokenizer = load_tokenizer(
+        shared.model, trusted, chat_template_kwargs=shared.chat_template_kwargs, date=shared.date)
+    longest = context_length(load_config(shared.model, trusted))
     rehearsal = Rehearsal(tokenizer, task, longest)
     for split, rows in zip(SPLITS, splits, strict=True):
         for x in rows:
-            rehearsal._fits(f"{x.id} ({split})", prompt(task.predict, x))
+            rehearsal.check(f"{x.id} ({split})", prompt(task.predict, x))
     for _ in method(splits[0], rehearsal):
         pass
-    return rehearsal
+    return task, splits, tokenizer, rehearsal
 
 
 # ------------------------------------------------------------------------------ what looks wrong
 
 
-def faults(task: Task, splits: Splits) -> list[str]:
-    """A line for each thing that makes training or its result doubtful. These checks cost seconds."""
-    return [*unacceptable_golds(task, splits[0]), *shared_rows(splits)]
+def warnings(task: Task, splits: Splits, rehearsal: Rehearsal, job: Job) -> list[str]:
+    """What was chosen for a person's own rows, and a line for each thing that makes the result doubtful.
+
+    These checks cost seconds.
+    """
+    lines = [task.note] if task.note else []
+    lines += [*unacceptable_golds(task, splits[0]), *shared_rows(splits)]
+    if job.machine.device == "cpu":
+        lines.append(cpu_hours(rehearsal, job))
+    return lines
 
 
 def unacceptable_golds(task: Task, D: list[Example]) -> list[str]:
@@ -128,15 +143,16 @@ def first(ids: list[str]) -> str:
 # ------------------------------------------------------------------------------ how long it will take
 
 
-def cpu_hours(weights: int, rehearsal: Rehearsal, settings: TrainingSettings) -> str:
+def cpu_hours(rehearsal: Rehearsal, job: Job) -> str:
     """What a run without a GPU will cost, without validation.
 
-    A response is taken to be as long as a gold row.
-    A weight costs 2 operations a token forward, and 4 in a LoRA step: frozen weights have no gradient.
+    A response is taken to be as long as a gold row. A weight costs 2 operations a token forward, and 4 in a
+    LoRA step: frozen weights have no gradient.
     """
+    weights = count_weights(job.shared.model, job.machine.trust_remote_code)
     speed = product_rate()
     row = sum(rehearsal.lengths) / len(rehearsal.lengths) if rehearsal.lengths else 256
-    tokens = row * (2 * rehearsal.responses + 4 * settings.steps * settings.batch_size)
+    tokens = row * (2 * rehearsal.responses + 4 * job.training.steps * job.training.batch_size)
     hours = weights * tokens / speed / 3600
     length = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, 60 * hours):.0f} minutes"
     return (f"no GPU: on this CPU ({speed / 1e9:.0f} GFLOP/s) this will take at most about {length}, without "
@@ -155,29 +171,32 @@ def product_rate() -> float:
 # ------------------------------------------------------------------------------ the page of --dry-run
 
 
-def page(task: Task, splits: Splits, tokenizer, rehearsal: Rehearsal, run: Path, settings: dict) -> str:
-    """Three rows as the model will see them, limits and lengths, what looks wrong, what is there already."""
-    D = splits[0]
+def page(method: Callable, job: Job) -> str:
+    """What --dry-run says: limits, lengths, what looks wrong, what is there, and three rows as seen."""
+    task, splits, tokenizer, rehearsal = rehearse(method, job)
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in zip(SPLITS, splits, strict=True))
     lines = [
         f"rows: {sizes}; judge: {task.judge}",
-        f"a response has at most {task.max_new_tokens} tokens",
-        ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()),
-        f"responses to make: at most {rehearsal.responses} (where nothing is accepted)",
+        f"a response has at most {task.max_new_tokens} tokens; at most {rehearsal.responses} are to be made",
+        f"training: {settings_in_words(job.recorded())}",
     ]
     if rehearsal.lengths:
         lengths = sorted(rehearsal.lengths)
         median, longest = lengths[len(lengths) // 2], lengths[-1]
-        lines.append(f"prompt and gold: {median} tokens (median), {longest} (longest); the model's context holds "
-                     f"{rehearsal.longest}")
-    lines += faults(task, splits) or ["each gold is accepted by its own judge, no row is in two splits"]
-    lines += there_already(run)
-    for x in D[:3]:
+        lines.append(f"prompt and gold: {median} tokens (median), {longest} (longest); the model's context "
+                     f"holds {rehearsal.longest}")
+    lines += warnings(task, splits, rehearsal, job)
+    lines += there_already(job.run)
+    for x in splits[0][:3]:
         to_predict = chat_ids(tokenizer, prompt(task.predict, x))
         lines += ["", f"--- row {x.id}, to predict", tokenizer.decode(to_predict)]
         lines += [f"--- row {x.id}, to train on with its gold, bars between its tokens"]
         lines += [marked(tokenizer, task, x)]
     return "\n".join(lines)
+
+
+def settings_in_words(settings: dict) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
 
 
 def marked(tokenizer, task: Task, x: Example) -> str:

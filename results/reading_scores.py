@@ -1,4 +1,4 @@
-"""Scores of answers to questions about a passage, beside the judge's verdict: exact match, F1, recall, answerability.
+"""Scores of answers to questions about a passage, beside the judge's verdict: exact match, F1, recall.
 
 They judge nothing: no method trains on them. Texts come in, numbers go out.
 """
@@ -21,11 +21,11 @@ def token_f1(response: str, gold: str) -> float:
 def reading_row(x: Example, response: str) -> dict[str, float]:
     """Scores of one response, each 0 to 1 and the best over the golds. `words` is a count.
 
-    exact, f1: SQuAD v2's. An abstaining response counts as its empty answer: 1 where there is no answer, else 0.
-    recall: token recall of the gold, which is the word `unanswerable` where there is no answer (SSR's token-level recall).
-    modified_recall: ours, as SSR prints no formula. Where there is an answer, the recall of a response that gives one.
-    Where there is none, 1 for a response that abstains. Else 0.
-    answerability: does it abstain exactly where there is no answer?
+    exact, f1: SQuAD v2's. An abstaining response counts as its empty answer: 1 where there is no answer, else
+    0. recall: token recall of the gold, which is the word `unanswerable` where there is no answer (SSR's
+    token-level recall). modified_recall: ours, as SSR prints no formula. Where there is an answer, the recall
+    of a response that gives one. Where there is none, 1 for a response that abstains. Else 0. answerability:
+    does it abstain exactly where there is no answer?
     """
     abstained = abstains(response)
     exact = f1 = recall = 0.0
@@ -48,7 +48,10 @@ def reading_row(x: Example, response: str) -> dict[str, float]:
 
 
 def reading_scores(pairs: Sequence[tuple[Example, str]]) -> dict[str, dict]:
-    """Means of reading_row over the rows "answerable", "unanswerable" and "all", each with its n. Empty groups are left out."""
+    """Means of reading_row over the rows "answerable", "unanswerable" and "all", each with its n.
+
+    A group without a row is left out.
+    """
     groups: dict[str, list[dict]] = {"answerable": [], "unanswerable": [], "all": []}
     for x, response in pairs:
         row = reading_row(x, response)

@@ -17,7 +17,7 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def seed(text: str) -> int:
+def random_seed(text: str) -> int:
     """argparse type: a whole number that every random generator takes."""
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")

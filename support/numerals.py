@@ -1,4 +1,4 @@
-r"""Numbers written in a text: which there are, and the last one, which the judge `numeric` compares (paper, A.3).
+r"""Numbers written in a text: which there are, and the last one, which the judge `numeric` compares (A.3).
 
 Skip the table on first reading. It says, row by row, what the pattern below it reads, and why.
 
@@ -45,13 +45,13 @@ CURRENCY = r"¢-¥֏؋৲৳৻૱௹฿៛₠-⃀﷼﹩＄￠￡￥￦"  # besi
 NUMBER = re.compile(
     r"""
     \^ \{? [MINUS]? [\d.]+                                  # an exponent: passed over
-  | (?: (?<! [^\W_] ) (?<! [MINUS)\]}%°] )                   # a minus, with nothing to subtract from: no letter or digit,
-        (?<! \d [$CURRENCY] ) (?<! \d \\ \$ )                # bracket or minus, no 5%, 5°, 5€, 5\$ and
-        (?<! \d \s [CURRENCY] )                              # no 5 € (but 5 $-3$ is two numbers)
+  | (?: (?<! [^\W_] ) (?<! [MINUS)\]}%°] )               # a minus, with nothing to subtract from: no letter,
+        (?<! \d [$CURRENCY] ) (?<! \d \\ \$ )                # digit, bracket, minus, no 5%, 5°, 5€, 5\$,
+        (?<! \d \s [CURRENCY] )                            # no 5 € (but 5 $-3$ is two numbers)
         (?P<minus> [MINUS] )
-        (?: [A-Z]{0,3} \\? \$ | [A-Z]{0,3} [CURRENCY] \ ? | \\ [cdt]? frac \{ )? )?
-    (?P<digits> \d{1,3} (?: (?: [,，'’_\u00a0\u2009\u202f] | \{,\} | \\[,\ ] | ,\\! ) \d{3} )+ (?! \d )   # 1,234,567
-              | (?<! \d \s ) (?! 0 ) \d{1,3} (?: \  \d{3} )+ (?! \d | \  \d )                            # 1 234 567
+        (?: [A-Z]{0,3} \\? \$ | [A-Z]{0,3} [CURRENCY] \ ? | \\ [cdt]? frac \ ? \{ \ ? )? )?
+    (?P<digits> \d{1,3} (?: (?: [,，'’_\u00a0\u2009\u202f] | \{,\} | \\[,\ ] | ,\\! ) \d{3} )+ (?! \d )
+              | (?<! \d \s ) (?! 0 ) \d{1,3} (?: \  \d{3} )+ (?! \d | \  \d )   # 1,234,567 and 1 234 567
               | \d+
               | (?<! [\w.] ) (?= \. \d ) )                   # .5
     (?P<rest> (?: \. \d+ )? (?: [eE] [+-]? \d{1,3} (?! \w ) )? )
@@ -61,7 +61,7 @@ NUMBER = re.compile(
 FRACTION_START = re.compile(r"(?<![^\W_])(?<![/^.,])(?<!\d[-+*×·:])")  # no m2/3, no 1/2/3, no 5-2/3
 FRACTION_END = re.compile(r"(?![^\W_])(?![/^])")
 FRACTION_DIGITS = 40  # longer ones are no fractions: their value would take long to work out
-MIXED = re.compile(r" | ?\\[cdt]?frac\{")  # between the 2 and the 1 of `2 1/3`
+MIXED = re.compile(r" | ?\\[cdt]?frac ?\{ ?")  # between the 2 and the 1 of `2 1/3`
 
 
 def plain_numbers(text: str) -> Iterator[re.Match]:
@@ -90,7 +90,7 @@ def first_number(text: str) -> Decimal | Fraction | None:
 
 
 def read_number(text: str, matches: list[re.Match], count: int) -> Decimal | Fraction | None:
-    """The number that `count` neighbours are together: three a mixed one, two a fraction. None: they are not."""
+    """The number that `count` neighbours are together: three a mixed one, two a fraction, else None."""
     if len(matches) < count:
         return None
     if count == 3:
@@ -118,8 +118,9 @@ def read_fraction(text: str, top: re.Match, bottom: re.Match) -> Fraction | None
     if between in ("/", "⁄", "∕"):
         alone = FRACTION_START.match(text, top.start()) and FRACTION_END.match(text, bottom.end())
     else:
-        before = text[max(0, top.start() - 5) : top.start("digits")]
-        alone = between == "}{" and "frac{" in before and text.startswith("}", bottom.end())
+        before = text[max(0, top.start() - 8) : top.start("digits")].replace(" ", "")
+        after = text[bottom.end() : bottom.end() + 2].lstrip()
+        alone = between.replace(" ", "") == "}{" and "frac{" in before and after.startswith("}")
     if not alone or len(top[0]) + len(bottom[0]) > FRACTION_DIGITS or value(bottom) == 0:
         return None
     return Fraction(value(top)) / Fraction(value(bottom))
@@ -146,10 +147,11 @@ END_OF_MARKED = re.compile(r"[.!?](?=\s|$)|\n")
 
 
 def marked_number(text: str) -> Decimal | Fraction | None:
-    r"""The number that a response marks as its answer, by `\boxed{...}`, `####` or "the answer is". None without one.
+    r"""The number that a response marks as its answer by `\boxed{...}`, `####` or "the answer is", else None.
 
-    It is for the report, which counts where it is not the last number. The judge reads the last number, as the paper
-    does. The last mark with a number counts, and of it the first number, after an equals sign if there is one.
+    It is for the report, which counts where it is not the last number. The judge reads the last number, as
+    the paper does. The last mark with a number counts, and of it the first number, after an equals sign if
+    there is one.
     """
     for mark in reversed(list(ANSWER_MARK.finditer(text))):
         rest = text[mark.end() :]

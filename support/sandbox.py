@@ -16,9 +16,9 @@ hold an attack on each.
 - Files: the program can write none. It can read only the Python and shared libraries.
 - Surroundings: its environment and working folder are empty. It has no input and no network. It can send no
   signal to another process, and can see none.
-- Load: a busy machine changes no verdict. CPU time decides. The wall clock ends a program only for the time
-  that it sleeps: the time in which it was ready and waited for a core does not count
-  (/proc/PID/task/*/schedstat; macOS does not tell it).
+- Load: a busy machine changes no verdict. CPU time decides.
+- Sleep: a program is ended when it has slept for 10 s in all. The time in which it computed, or was ready and
+  waited for a core, does not count (/proc/PID/stat and /proc/PID/task/*/schedstat).
 
 Not covered:
 - Tests beside the program. A test that is no assert, or one over a name or a loop of its own, runs beside the
@@ -40,10 +40,13 @@ Not covered:
 - Bugs of the kernel and of the interpreter, measuring of time, and whether a file exists.
 - A missing layer: what it would cover is not covered.
 - macOS has neither Landlock nor seccomp. There, files and the network are open to the program, and memory is
-  not limited. CPU time, open files and how verdicts are made are as above.
+  not limited. It does not tell how long a program waited for a core: one is ended after 10 s and five times
+  its CPU limit, by the clock. CPU time, open files and how verdicts are made are as above.
 
-A program that needs a file, a socket (asyncio too), a child process, standard input, numpy, ctypes or a
-tracer fails.
+A program that needs a file, a socket (asyncio too), a child process, standard input, ctypes or a tracer
+fails. One that needs numpy fails too, except after `allow_numpy`. Then the child imports numpy before it
+locks itself down, and its program can read numpy's files as well. numpy gives a program one more way to read
+and write the interpreter's memory. All else that is covered stays covered.
 """
 
 import ast
@@ -51,6 +54,7 @@ import builtins
 import contextlib
 import copy
 import functools
+import importlib.util
 import marshal
 import math
 import os
@@ -66,14 +70,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CPU_SECONDS = 10.0  # MBPP task 123 needs 3.7
-# The guard against a program that sleeps: this, five times the CPU limit, and the wait for a core.
-WALL_SECONDS = 10.0
+SLEEP_SECONDS = 10.0  # neither computing nor waiting for a core
 MEMORY = 1 << 30
 MAX_REPLY = 1 << 18
 CHILD_FILE = Path(__file__).with_name("sandbox_child.py")
 CHILD = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(CHILD_FILE)]
 LAYERS = ("rlimits", "no_new_privs", "capabilities dropped", "Landlock", "seccomp")  # of sandbox_child.py
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # the order of a set is the same in every run
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+numpy_parent = ""  # the folder that holds numpy, where programs may use it; see allow_numpy
 
 
 def passes(program: str, tests: Sequence[str], setup: str = "", cpu_seconds: float = CPU_SECONDS) -> bool:
@@ -151,7 +156,7 @@ def take_apart(tests: Sequence[str]) -> tuple[list, list, list]:
 
 
 def split_equality(statement: ast.stmt) -> tuple[str, object, bool] | None:
-    """`assert CALL == LITERAL` as (call, literal, pure). Not pure: a builtin stands around a call of the program."""
+    """`assert CALL == LITERAL` as (call, literal, pure). Not pure: a builtin is around a program's call."""
     match statement:
         case ast.Assert(test=ast.Compare(left=call, ops=[ast.Eq()], comparators=[literal])):
             pass
@@ -171,7 +176,7 @@ def split_equality(statement: ast.stmt) -> tuple[str, object, bool] | None:
 
 
 def split_claim(statement: ast.stmt, start: int) -> tuple[list[str], str] | None:
-    """`assert E` as (calls of the program in E, E over their values). None: something of the program is left in E."""
+    """`assert E` as (calls of the program in E, E over their values). None: E holds more of the program."""
     if not isinstance(statement, ast.Assert):
         return None
     lift = _LiftCalls(start, statement.test)
@@ -213,7 +218,7 @@ class _LiftCalls(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def of_program(self, node: ast.Call) -> bool:
-        """Is it a call of the program? In a test without a name of the program, the innermost builtins are such calls.
+        """Is it a call of the program? In a test without a name of the program, the innermost builtins are.
 
         MBPP 126 asks for a function `sum`.
         """
@@ -225,6 +230,18 @@ class _LiftCalls(ast.NodeTransformer):
     def lift(self, node: ast.expr) -> ast.Name:
         self.calls.append(ast.unparse(node))
         return ast.Name(f"{VALUE}{self.start + len(self.calls) - 1}", ast.Load())
+
+
+def allow_numpy() -> None:
+    """Let the programs of this process import numpy, with one thread. RuntimeError where it is not installed.
+
+    Of the folder where it is installed they can read numpy's own parts only, and write nothing.
+    """
+    global numpy_parent
+    found = importlib.util.find_spec("numpy")
+    if found is None:
+        raise RuntimeError("code sandbox: numpy is not installed here, so programs cannot use it")
+    numpy_parent = str(Path(found.origin).parent.parent)
 
 
 def evaluate(sources: list[tuple[str, str]], names: dict, cpu_seconds: float) -> list | None:
@@ -241,7 +258,10 @@ def evaluate(sources: list[tuple[str, str]], names: dict, cpu_seconds: float) ->
 def converse(sources: list[tuple[str, str]], names: dict, cpu_seconds: float) -> list | None:
     """Run a child: [the layers it lacks, value, value, ...], or None where it did not come to its end."""
     secret = secrets.token_hex(16).encode()
-    job = marshal.dumps((secret, sources, names, math.ceil(cpu_seconds), MEMORY, os.getpid()))
+    wants_numpy = any("numpy" in source for _, source in sources)  # to import it takes 0.1 s
+    numpy = numpy_parent if wants_numpy else ""
+    environment = ENVIRONMENT | ONE_THREAD if numpy else ENVIRONMENT
+    job = marshal.dumps((secret, sources, names, math.ceil(cpu_seconds), MEMORY, os.getpid(), numpy))
     with tempfile.TemporaryDirectory(prefix="s3ft-", ignore_cleanup_errors=True) as folder:
         child = subprocess.Popen(
             CHILD,
@@ -250,7 +270,7 @@ def converse(sources: list[tuple[str, str]], names: dict, cpu_seconds: float) ->
             stderr=subprocess.DEVNULL,
             bufsize=0,
             cwd=folder,
-            env=ENVIRONMENT,
+            env=environment,
             start_new_session=True,
         )
         with child:
@@ -258,7 +278,7 @@ def converse(sources: list[tuple[str, str]], names: dict, cpu_seconds: float) ->
                 with contextlib.suppress(BrokenPipeError):
                     child.stdin.write(job)
                     child.stdin.close()
-                reply = read(child, WALL_SECONDS + 5 * cpu_seconds)
+                reply = read(child, cpu_seconds)
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     # Before it is waited for, its number is still its own.
@@ -275,18 +295,21 @@ def plain(line: bytes) -> object:
     return NOT_PLAIN
 
 
-def read(child: subprocess.Popen, seconds: float) -> bytes:
-    """Everything that a child writes up to its end; nothing if that is too much or comes too late."""
-    deadline = time.monotonic() + seconds
+def read(child: subprocess.Popen, cpu_seconds: float) -> bytes:
+    """Everything that a child writes up to its end. Nothing, if it is too much or the child slept long."""
+    start = time.monotonic()
+    check_at = start + SLEEP_SECONDS
     poll = select.poll()
     poll.register(child.stdout, select.POLLIN)
     reply = b""
     while len(reply) <= MAX_REPLY:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            left += starved(child.pid)
-        if left <= 0:
-            return b""
+        left = check_at - time.monotonic()
+        if left <= 0:  # it may have slept all the time, or some of it
+            asleep = time.monotonic() - start - busy_seconds(child.pid, cpu_seconds)
+            left = SLEEP_SECONDS - asleep
+            if left <= 0:
+                return b""
+            check_at = time.monotonic() + left
         if poll.poll(left * 1000):
             chunk = os.read(child.stdout.fileno(), 1 << 16)
             if not chunk:
@@ -295,14 +318,23 @@ def read(child: subprocess.Popen, seconds: float) -> bytes:
     return b""
 
 
-def starved(pid: int) -> float:
-    """Seconds for which the threads of a process were ready to run and had no core. 0 where that is not known."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")  # CPU time, waiting time (both in ns), turns
-    total = 0
-    for task in tasks:
+def busy_seconds(pid: int, cpu_seconds: float) -> float:
+    """Seconds for which a process computed, or was ready to run and had no core.
+
+    Where the system does not tell (macOS), a process is taken to be busy for five times its CPU limit.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 5 * cpu_seconds
+    ticks = int(fields[11]) + int(fields[12])  # user and system time, of threads that have ended too
+    computed = ticks / os.sysconf("SC_CLK_TCK")
+
+    waited = 0
+    for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):  # CPU time, waiting time (both in ns), turns
         with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that just ended
-            total += int(task.read_text().split()[1])
-    return total / 1e9
+            waited += int(thread.read_text().split()[1])
+    return computed + waited / 1e9
 
 
 @functools.cache

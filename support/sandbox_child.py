@@ -1,14 +1,15 @@
 """The child's half of the sandbox: give up every right this process has, then run one program and its tests.
 
-sandbox.py starts this file in a fresh interpreter for each program, and says what is covered. One job comes in
-by stdin, one reply goes out. Standard input, output and error of the program are /dev/null. The layers, each
-tried alone:
+sandbox.py starts this file in a fresh interpreter for each program, and says what is covered. One job comes
+in by stdin, one reply goes out. Standard input, output and error of the program are /dev/null. The layers,
+each tried alone:
 
-rlimits               CPU seconds (the kernel kills), address space, open files; no byte into any file, no core dump
-no_new_privs          no set-uid program gives rights back. It also lets an ordinary user take the last two layers
+rlimits               CPU seconds (the kernel kills), address space, open files, no byte into a file, no core
+no_new_privs          no set-uid program gives rights back. It also lets an ordinary user take the last two
 capabilities dropped  all of them, which matters where a researcher runs as root
 Landlock              read the Python and shared libraries, nothing else; no TCP, no signal to another process
-seccomp               the system calls of ALLOWED only: no process, socket, exec, kill, ptrace, new file, chmod
+seccomp               the system calls of ALLOWED only: no process, socket, exec, kill, ptrace, new file,
+                      chmod or mount
 """
 
 import ctypes
@@ -36,8 +37,8 @@ sched_getaffinity 204 123, getrandom 318 278, futex 202 98, set_robust_list 273 
 exit 60 93, exit_group 231 94
 """
 
-# Allowed by an argument: name, numbers, which argument, a mask, and whether a bit of the mask must be set (True)
-# or none may be (False).
+# Allowed by an argument: name, numbers, which argument, a mask, and whether a bit of the mask must be set
+# (True) or none may be (False).
 CONDITIONAL = (
     ("clone", 56, 220, 0, 0x10000, True),  # CLONE_THREAD: a thread, never a process
     ("openat", 257, 56, 2, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC, False),  # to read, not to write
@@ -74,8 +75,21 @@ def capabilities() -> None:
     check(libc.capset(struct.pack("=Ii", 0x20080522, 0), bytes(24)))
 
 
-def landlock() -> None:
-    # 1. Every right that this kernel knows is denied: on files, then TCP (from version 4), then signals (from 6).
+def import_numpy(parent: str) -> list[str]:
+    """Import numpy from the folder `parent`, while files can still be read -> the folders it needs later."""
+    own_ctypes = sys.modules.pop("ctypes")
+    sys.modules["ctypes"] = None  # numpy does without
+    sys.path.append(parent)
+    try:
+        import numpy  # noqa: F401
+    finally:
+        sys.path.remove(parent)
+        sys.modules["ctypes"] = own_ctypes
+    return [os.path.join(parent, "numpy"), os.path.join(parent, "numpy.libs")]
+
+
+def landlock(more_folders: list[str]) -> None:
+    # 1. Every right that this kernel knows is denied: on files, on TCP (from version 4), on signals (from 6).
     abi = check(libc.syscall(444, None, 0, 1))
     file_rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)
     size = 8
@@ -88,7 +102,8 @@ def landlock() -> None:
 
     # 2. Except to read the libraries.
     library = os.path.dirname(os.path.dirname(os.__file__))
-    for path in (library, *sys.path, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"):
+    system = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+    for path in (library, *sys.path, *system, *more_folders):
         if os.path.exists(path):
             parent = os.open(path, os.O_PATH)
             right = 0b1100 if os.path.isdir(path) else 0b100  # read a file, list a folder
@@ -125,13 +140,13 @@ def seccomp() -> None:
     check(libc.prctl(22, 2, description, 0, 0))  # PR_SET_SECCOMP
 
 
-def lock_down(cpu_seconds: int, memory: int) -> list[str]:
-    """Apply every layer; the names of those that this system does not give."""
+def lock_down(cpu_seconds: int, memory: int, more_folders: list[str]) -> list[str]:
+    """Apply every layer -> the names of those that this system does not give. `more_folders` may be read."""
     layers = {
         "rlimits": lambda: limits(cpu_seconds, memory),
         "no_new_privs": no_new_privs,
         "capabilities dropped": capabilities,
-        "Landlock": landlock,
+        "Landlock": lambda: landlock(more_folders),
         "seccomp": seccomp,
     }
     missing = []
@@ -196,10 +211,10 @@ def encode(value) -> bytes:
 
 
 def forbid_introspection() -> None:
-    """No look at objects without a name, no jump over a statement, no function of ctypes. The hook stays for good.
+    """No look at objects without a name, no jump over a statement, no function of ctypes. The hook stays.
 
-    That makes raw memory harder to read, not impossible: pointers of ctypes raise no event (see "not covered" in
-    sandbox.py).
+    That makes raw memory harder to read, not impossible: pointers of ctypes raise no event (see "not covered"
+    in sandbox.py).
     """
     for name in list(sys.modules):
         if "ctypes" in name:
@@ -216,17 +231,19 @@ def forbid_introspection() -> None:
 def run(work: list, scope: dict, reply: int) -> None:
     """Evaluate all code objects in `scope`, then send the secret and their values.
 
-    While the program runs, the secret and the code objects still to come are popped from `work` already. They stand
-    on the stack of this one expression and have no name. So a program that walks its frames finds neither. One that
-    reads raw memory can. Only after the last has ended is there a reply.
+    While the program runs, the secret and the code objects still to come are popped from `work` already. They
+    stand on the stack of this one expression and have no name. So a program that walks its frames finds
+    neither. One that reads raw memory can. Only after the last has ended is there a reply.
     """
     os.write(reply, work.pop() + b"\n".join(map(encode, map(eval, work.pop(), repeat(scope)))))
 
 
 def prepare() -> tuple[list, dict, int]:
-    """Read the job, lock down, compile. Of all that this knows, only what it returns is left when it has returned."""
+    """Read the job, lock down, compile. Of all that this knows, only what it returns is left afterwards."""
     # 1. The job, and no way to the outside except the reply.
-    secret, sources, names, cpu_seconds, memory, parent = marshal.loads(sys.stdin.buffer.raw.readall())
+    job = marshal.loads(sys.stdin.buffer.raw.readall())
+    secret, sources, names, cpu_seconds, memory, parent, numpy_parent = job
+    del job
     reply = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
@@ -234,7 +251,8 @@ def prepare() -> tuple[list, dict, int]:
     os.close(null)
 
     # 2. The layers.
-    missing = lock_down(cpu_seconds, memory)
+    more_folders = import_numpy(numpy_parent) if numpy_parent else []
+    missing = lock_down(cpu_seconds, memory, more_folders)
     if os.getppid() != parent:  # it died before PR_SET_PDEATHSIG
         raise SystemExit
 

@@ -19,8 +19,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def mcnemar(a: list[bool], b: list[bool]) -> dict:
     """Two models on the same rows: the accuracy difference a - b, its 95 % interval, and McNemar's exact p.
 
-    Only rows on which the models disagree count: under H0 each is a fair coin. The interval is Wald's for paired
-    proportions.
+    Only rows on which the models disagree count: under H0 each is a fair coin. The interval is Wald's for
+    paired proportions.
     """
     wins = sum(x and not y for x, y in zip(a, b, strict=True))
     losses = sum(y and not x for x, y in zip(a, b, strict=True))
@@ -38,7 +38,7 @@ def mcnemar(a: list[bool], b: list[bool]) -> dict:
 
 
 def kappa(a: Sequence[bool], b: Sequence[bool]) -> float | None:
-    """Cohen's kappa of two raters: (agreement - chance) / (1 - chance). None: both always say the same one thing."""
+    """Cohen's kappa of two raters: (agreement - chance) / (1 - chance). None: both always say one thing."""
     n = len(a)
     agreement = sum(x == y for x, y in zip(a, b, strict=True)) / n
     both_yes = sum(a) * sum(b) / n**2

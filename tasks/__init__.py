@@ -26,6 +26,7 @@ TASKS = {
     "multidoc2dial": MULTIDOC2DIAL,
     "reading": EMBEDDED,
 }
+CUSTOM_FLAGS = ("question_field", "answer_field", "prompt", "prompt_file")  # of --task custom
 
 
 def load_task(name: str, folder: Path | str) -> tuple[Task, Splits]:
@@ -49,7 +50,8 @@ def task_of(config: dict, folder: Path | str) -> tuple[Task, Splits]:
     """
     with ranks.rank_0_first():  # which downloads what is missing
         if config["task"] == "custom":
-            task, splits = load_custom_task(config["files"], config["judge"])
+            flags = {name: config.get(name) for name in CUSTOM_FLAGS}
+            task, splits = load_custom_task(config["files"], config["judge"], **flags)
         else:
             task, splits = load_task(config["task"], folder)
 

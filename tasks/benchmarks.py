@@ -135,7 +135,12 @@ def choose(found: list[Document], scoring: Scoring) -> list[Document]:
 
 
 def score(
-    model, tokenizer, names: list[str], data_dir: Path | str, out_dir: Path | str, scoring: Scoring = ZERO_SHOT
+    model,
+    tokenizer,
+    names: list[str],
+    data_dir: Path | str,
+    out_dir: Path | str,
+    scoring: Scoring = ZERO_SHOT,
 ) -> tuple[dict, list[dict]]:
     """Score a model on the benchmarks `names` -> (scores, the samples that they are the means of, in document
     order).
@@ -166,7 +171,7 @@ def score(
     samples = file.finish(sorted(file.rows.keys() | wanted.keys()))
 
     # 3. The means over what was asked for: the file may hold more.
-    used = [samples[key] for key in wanted]
+    used = [regraded(document, samples[key]) for key, document in wanted.items()]
     scores = {}
     for name in names:
         scores[name] = summary([sample for sample in used if sample["benchmark"] == name])
@@ -251,6 +256,12 @@ def sample_of(document: Document, scores: list[float]) -> dict:
     return sample | BENCHMARKS[document.benchmark].metrics(document.row, np.array(scores))
 
 
+def regraded(document: Document, sample: dict) -> dict:
+    """A kept sample with the metrics of today. They follow from its document and log-likelihoods alone."""
+    scores = np.array(sample["log_likelihoods"])
+    return sample | BENCHMARKS[document.benchmark].metrics(document.row, scores)
+
+
 # -------------------------------------------------------------------------------- samples -> scores
 
 
@@ -279,11 +290,11 @@ def means(samples: list[dict]) -> dict:
     return result
 
 
-def paired_drop(base_samples: list[dict], tuned_samples: list[dict]) -> dict:
-    """{benchmark: {drop, interval, n}}: how much lower the tuned model's headline metric is, on the same
-    documents (Table 4).
+def paired_drop(base_samples: list[dict], tuned_samples: list[dict], metric: str | None = None) -> dict:
+    """{benchmark: {drop, interval, n}}: how much lower the tuned model's metric is, on the same documents.
 
-    The 95 % interval is the normal one for the mean of paired differences, document by document.
+    The metric is the headline of each benchmark (Table 4), or `metric`, such as log_p. The 95 % interval is
+    the normal one for the mean of paired differences, document by document.
     """
     base = by_document(base_samples)
     tuned = by_document(tuned_samples)
@@ -293,8 +304,8 @@ def paired_drop(base_samples: list[dict], tuned_samples: list[dict]) -> dict:
 
     differences = defaultdict(list)
     for (name, index), sample in base.items():
-        metric = BENCHMARKS[name].headline
-        differences[name].append(sample["metrics"][metric] - tuned[name, index]["metrics"][metric])
+        wanted = metric or BENCHMARKS[name].headline
+        differences[name].append(sample["metrics"][wanted] - tuned[name, index]["metrics"][wanted])
     return {name: paired_interval(values) for name, values in differences.items()}
 
 

@@ -28,12 +28,13 @@ def hellaswag_options(row: dict, shots: list[dict]) -> list[Option]:
 
 
 def hellaswag_metrics(row: dict, scores: np.ndarray) -> dict:
-    """acc_norm divides by the characters of the ending. The blank before it is not counted."""
+    """acc_norm and log_p_norm divide by the characters of the ending. The blank before it is not counted."""
     gold = int(need(row["label"], str, "the label"))
     characters = np.array([len(hellaswag_text(ending)) for ending in row["endings"]])
     result = graded(scores, gold)
     by_character = graded(scores / characters, gold)
     result["metrics"]["acc_norm"] = by_character["metrics"]["acc"]
+    result["metrics"]["log_p_norm"] = by_character["metrics"]["log_p"]
     return result
 
 

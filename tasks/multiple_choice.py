@@ -30,11 +30,26 @@ class Benchmark:
 
 
 def graded(scores: np.ndarray, gold: int) -> dict:
-    """Is the option with the highest score the right one? ValueError: the gold is not one of the options."""
+    """What a sample keeps, from the scores of its options `[options]`.
+
+    acc: has the right option the highest score? log_p: log p of the right option among the options.
+    ValueError: the gold is not one of the options.
+    """
     if not 0 <= gold < len(scores):
         raise ValueError(f"the gold {gold} is none of its {len(scores)} options")
     chosen = int(np.argmax(scores))  # of equals, the first
-    return {"chosen": chosen, "gold": gold, "metrics": {"acc": float(chosen == gold)}}
+    metrics = {"acc": float(chosen == gold), "log_p": log_p(scores, gold)}
+    return {"chosen": chosen, "gold": gold, "metrics": metrics}
+
+
+def log_p(scores: np.ndarray, gold: int) -> float:
+    """log of the softmax over the options' log-likelihoods `[options]`, at the right one, in nats.
+
+    Accuracy only sees which option comes first. This moves with every change of the model, so fewer documents
+    tell two models apart.
+    """
+    shifted = scores - scores.max()
+    return float(shifted[gold] - np.log(np.exp(shifted).sum()))
 
 
 def need(value, kind: type, called: str):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data import ABSTAIN, Example
 from support.cli import InputError
-from support.files import line_numbers, read_jsonl
+from support.files import read_jsonl
 
 # -------------------------------------------------------------------------------- files
 
@@ -26,13 +26,6 @@ def read_counted(path: Path, count: int, fields: tuple[str, ...]) -> list[dict]:
         raise InputError(
             f"{path} has {len(rows)} rows, the original has {count}: remove it to download it again")
     return rows
-
-
-def numbered_rows(path: Path, fields: tuple[str, ...]) -> list[tuple[str, dict]]:
-    """The rows of a JSONL file, each with its file and line for messages."""
-    rows = read_jsonl(path, fields)
-    lines = line_numbers(path)
-    return [(f"{path}, line {line}", row) for line, row in zip(lines, rows, strict=True)]
 
 
 # -------------------------------------------------------------------------------- fields

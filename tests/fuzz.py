@@ -2,9 +2,10 @@
 
     python -m tests.fuzz [--cases 100000] [--seed 0]
 
-Each reader gets an equal share of the cases. Besides not raising, each must keep a promise: numbers are equal to
-themselves, extraction finds the program that was put between the tags, verdicts have one of three values, a text
-recalls itself, what read_jsonl returns is what was written, and a row's tests are taken apart without losing one.
+Each reader gets an equal share of the cases. Besides not raising, each must keep a promise: numbers are equal
+to themselves, extraction finds the program that was put between the tags, verdicts have one of three values,
+a text recalls itself, what read_jsonl returns is what was written, and a row's tests are taken apart without
+losing one.
 """
 
 import argparse
@@ -53,17 +54,19 @@ def numbers(response, gold):
 
 def extraction(response, program):
     assert type(judges.extract_code(response)) is str
-    if program.strip("\ufeff").strip() == program and not any(mark in program for mark in ("[[", "]]",
-        "```")):
+    marks = ("[[", "]]", "```", "~~~", "</think>")
+    if program.strip("\ufeff").strip() == program and not any(mark in program for mark in marks):
         before = response.replace("[[BEGIN]]", "")
+        response = response.replace("</think>", "")  # what comes before it would be thoughts
         assert judges.extract_code(f"{before}[[BEGIN]]\n{program}\n[[DONE]]{response}") == program
 
 
 def verdicts(reply, question):
     assert judges.parse_verdict(reply) in (True, False, None)
     judge = judges.LLMJudge(lambda prompts: [reply for _ in prompts])
-    accepted = judge([(Example("1", question, reply), question)])
-    assert accepted == [judges.parse_verdict(reply) is True] and judge.unparsed == (judges.parse_verdict(reply) is None)
+    accepted = judge([(Example("1", question, reply), "x" + question)])
+    verdict = judges.parse_verdict(reply)
+    assert accepted == [verdict is True] and judge.unparsed == (verdict is None)
 
 
 def recalls(response, gold):
@@ -98,7 +101,7 @@ SCRATCH = tempfile.TemporaryDirectory()
 
 
 def fuzz(reader, cases: int, start: int) -> int:
-    """Call a reader with `cases` pairs of texts; returns the number of calls. A failing pair is shrunk and shown."""
+    """Call a reader with `cases` pairs of texts -> the number of calls. A failing pair is shrunk and shown."""
     calls = []
 
     @seed(start)
@@ -113,7 +116,8 @@ def fuzz(reader, cases: int, start: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--cases", type=int, default=100_000, help="in all (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args()

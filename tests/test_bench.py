@@ -84,8 +84,10 @@ def test_the_memory_formula_on_a_shape_that_can_be_counted_by_hand():
     assert 0 < terms["activations a token, checkpointing"] < terms["activations a token"] * 2
 
 
-@pytest.mark.parametrize(("name", "table"), [("generate", bench_generate.table), ("train", bench_train.table),
-                                             ("memory", memory_table)])
+TABLES = {"generate": bench_generate.table, "train": bench_train.table, "memory": memory_table}
+
+
+@pytest.mark.parametrize(("name", "table"), TABLES.items())
 def test_a_table_in_docs_holds_what_its_figures_hold(name, table):
     assert table(read_json(ROOT / "docs" / f"{name}.json")) == (ROOT / "docs" / f"{name}.md").read_text()
 

@@ -212,20 +212,32 @@ def test_winogrande_scores_the_same_end_after_each_filling():
 def test_hellaswag_divides_by_characters():
     row = {"label": "1", "endings": ["four", "eight888", "x" * 100, "y"]}
     result = BENCHMARKS["hellaswag"].metrics(row, np.array([-4.0, -6.0, -99.0, -3.9]))
-    assert result == {"chosen": 3, "gold": 1, "metrics": {"acc": 0.0, "acc_norm": 1.0}}
+    by_character = np.array([-4 / 4, -6 / 8, -99 / 100, -3.9 / 1])
+    by_hand = {"log_p": -6 - math.log(sum(map(math.exp, [-4.0, -6.0, -99.0, -3.9]))),
+               "log_p_norm": -6 / 8 - math.log(np.exp(by_character).sum())}
+    assert result["metrics"] == pytest.approx({"acc": 0.0, "acc_norm": 1.0} | by_hand)
+    assert (result["chosen"], result["gold"]) == (3, 1)
 
 
 def test_truthfulqa_takes_labels_by_position_of_the_label():
     row = {"mc1_targets": {"choices": "abc", "labels": [1, 0, 0]}, "mc2_targets": {"choices": "abcd", "labels": [0, 1, 0, 1]}}
     scores = np.log([0.2, 0.1, 0.1, 0.1, 0.2, 0.3, 0.4])
     metrics = BENCHMARKS["truthfulqa"].metrics(row, scores)["metrics"]
-    assert metrics == {"mc1": 1.0, "mc2": pytest.approx(0.6), "mean": pytest.approx(0.8)}
+    assert metrics == {"log_p": pytest.approx(math.log(0.5)), "mc1": 1.0, "mc2": pytest.approx(0.6),
+                       "mean": pytest.approx(0.8)}
     assert BENCHMARKS["truthfulqa"].metrics(row, scores - 2000)["metrics"]["mc2"] == pytest.approx(0.6)
 
 
 def test_of_equal_options_the_first_is_chosen():
-    assert BENCHMARKS["mmlu"].metrics({"answer": 1}, np.array([-1.0, -0.5, -0.5, -2.0]))["metrics"] == {"acc": 1.0}
+    assert BENCHMARKS["mmlu"].metrics({"answer": 1}, np.array([-1.0, -0.5, -0.5, -2.0]))["metrics"]["acc"] == 1.0
     assert BENCHMARKS["winogrande"].metrics({"answer": "2"}, np.array([-1.0, -1.0]))["chosen"] == 0
+
+
+@pytest.mark.parametrize(("name", "row"), [("mmlu", {"answer": 2}), ("winogrande", {"answer": "1"})])
+def test_log_p_is_that_of_the_right_option_among_the_options(name, row):
+    scores = np.log([0.1, 0.2, 0.6, 0.3][:4 if name == "mmlu" else 2]) - 900  # which alone would underflow
+    expected = 0.6 / 1.2 if name == "mmlu" else 0.1 / 0.3
+    assert BENCHMARKS[name].metrics(row, scores)["metrics"]["log_p"] == pytest.approx(math.log(expected))
 
 
 # ------------------------------------------------------------------------------------------------ words -> tokens
@@ -396,7 +408,8 @@ def test_score_reports_means_and_writes_samples(llama, tokenizer, data_dir, tmp_
     p = results["mmlu"]["acc"]
     assert results["mmlu"]["acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / 11))
     assert results["truthfulqa"]["mean"] == pytest.approx((results["truthfulqa"]["mc1"] + results["truthfulqa"]["mc2"]) / 2)
-    assert set(results["hellaswag"]) == {"n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    metrics = ("acc", "log_p", "acc_norm", "log_p_norm")
+    assert set(results["hellaswag"]) == {"n", *metrics, *(f"{metric}_stderr" for metric in metrics)}
     row = next(row for row in samples if row["benchmark"] == "winogrande" and row["index"] == 3)
     before, after = winogrande_rows()[3]["sentence"].split("_")
     for name, found in zip(("option1", "option2"), row["log_likelihoods"], strict=True):
@@ -428,6 +441,15 @@ def test_samples_are_those_of_the_documents_asked_for(llama, tokenizer, data_dir
     results, samples = score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out", Scoring(limit=2))
     assert [(row["benchmark"], row["index"]) for row in samples] == [("winogrande", 0), ("winogrande", 1)]
     assert results["winogrande"]["n"] == paired_drop(samples, samples)["winogrande"]["n"] == 2
+
+
+def test_samples_of_before_a_metric_existed_get_it_without_being_scored_again(llama, tokenizer, data_dir, tmp_path):
+    fresh, samples = score(llama, tokenizer, ALL, data_dir, tmp_path / "out")
+    path = tmp_path / "out" / "samples.jsonl"
+    old = [sample | {"metrics": {"acc": 0.0}} for sample in read_jsonl(path)]
+    write_jsonl(path, old)
+    assert score(llama, tokenizer, ALL, data_dir, tmp_path / "out") == (fresh, samples)
+    assert read_jsonl(path) == old
 
 
 def test_a_killed_run_goes_on_by_document(llama, tokenizer, data_dir, tmp_path):
@@ -620,6 +642,8 @@ def test_paired_drop_by_hand():
     drop = paired_drop(samples_of([1, 1, 0, 1]), samples_of([0, 1, 0, 1])[::-1])["hellaswag"]
     assert drop["drop"] == 0.25 and drop["n"] == 4
     assert drop["interval"] == pytest.approx([0.25 - 1.959964 * 0.25, 0.25 + 1.959964 * 0.25])  # sd 0.5, n 4
+    other = paired_drop(samples_of([1, 1, 0, 1]), samples_of([0, 1, 0, 1]), metric="acc_norm")["hellaswag"]
+    assert other == {"drop": 0.0, "interval": [0.0, 0.0], "n": 4}
     with pytest.raises(InputError, match="different documents"):
         paired_drop(samples_of([1, 0]), samples_of([1]))
 

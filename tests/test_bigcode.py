@@ -1,9 +1,9 @@
 """The code judge beside bigcode-evaluation-harness's rule for MBPP, on the same programs.
 
-The rule, written anew here (theirs: bigcode_eval/tasks/mbpp.py and custom_metrics/execute.py): program, newline and tests are
-one text, which `exec` runs in empty globals, in a process of its own, within 3 s by the wall clock. Any exception is a
-failure, SystemExit too. (Left out: there some functions that could do harm, os.fork for one, are None.) Where the judge
-answers otherwise on purpose, a case below says why.
+The rule, written anew here (theirs: bigcode_eval/tasks/mbpp.py and custom_metrics/execute.py): program,
+newline and tests are one text, which `exec` runs in empty globals, in a process of its own, within 3 s by the
+wall clock. Any exception is a failure, SystemExit too. (Left out: there some functions that could do harm,
+os.fork for one, are None.) Where the judge answers otherwise on purpose, a case below says why.
 """
 
 import subprocess
@@ -31,7 +31,8 @@ os._exit(0)
 def bigcode(program: str, tests: list[str], timeout: float = 3.0) -> bool:
     source = (program + "\n" + "\n".join(tests)).encode()
     try:
-        run = subprocess.run([sys.executable, "-c", REFERENCE], input=source, capture_output=True, timeout=timeout)
+        command = [sys.executable, "-c", REFERENCE]
+        run = subprocess.run(command, input=source, capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return False
     return run.stdout == b"passed"
@@ -102,13 +103,15 @@ SAME = {  # name: (program, tests, verdict)
                   ["assert f(50) == 12586269025"], True),
     "global state": ("calls = []\ndef f(a):\n    calls.append(a)\n    return len(calls)",
                      ["assert f(0) == 1", "assert f(0) == 2"], True),
-    "an argument changed in place": ("def f(a):\n    a.append(1)\n    return a", ["assert f([0]) == [0, 1]"], True),
+    "an argument changed in place": ("def f(a):\n    a.append(1)\n    return a",
+    ["assert f([0]) == [0, 1]"], True),
     "class": ("class P:\n    def __init__(self, x):\n        self.x = x\ndef f(x):\n    return P(x).x",
               ["assert f(3) == 3"], True),
     "class used by the test": ("class P:\n    x = 3\n    def twice(self):\n        return 2 * self.x",
                                ["assert P().twice() == 6", "assert P().x == 3"], True),
     "import math": ("import math\ndef f(r):\n    return math.floor(math.pi * r)", ["assert f(2) == 6"], True),
-    "import re": ("import re\ndef f(s):\n    return re.findall(r'\\d+', s)", ["assert f('a1b22') == ['1', '22']"], True),
+    "import re": ("import re\ndef f(s):\n    return re.findall(r'\\d+', s)",
+    ["assert f('a1b22') == ['1', '22']"], True),
     "import collections": ("from collections import Counter\ndef f(s):\n    return Counter(s)",
                            ["assert f('aab') == {'a': 2, 'b': 1}"], True),
     "import heapq, itertools": ("import heapq, itertools\ndef f(a):\n    return heapq.nlargest(2, itertools.chain(a, a))",
@@ -125,10 +128,11 @@ SAME = {  # name: (program, tests, verdict)
 def test_the_same_verdict(name):
     program, tests, verdict = SAME[name]
     assert bigcode(program, tests, timeout=0.7 if name == "infinite loop" else 20) is verdict
-    assert judges.run_tests(program, tests, timeout=0.5 if name == "infinite loop" else sandbox.CPU_SECONDS) is verdict
+    seconds = 0.5 if name == "infinite loop" else sandbox.CPU_SECONDS
+    assert judges.run_tests(program, tests, timeout=seconds) is verdict
 
 
-# ------------------------------------------------------------------------------------------------ the other verdict
+# ------------------------------------------------------------------------------------------ the other verdict
 
 
 def test_setup_code_is_run():
@@ -140,7 +144,7 @@ def test_setup_code_is_run():
 
 
 def test_time_is_the_program_s_own():
-    """bigcode counts seconds on the clock (3), which a busy machine uses up; the judge counts CPU seconds (10)."""
+    """bigcode counts seconds on the clock (3), which a busy machine uses up. The judge counts CPU seconds (10)."""
     program, tests = "import time\ntime.sleep(0.6)\n" + ADD, HALVES
     assert not bigcode(program, tests, timeout=0.5)
     assert judges.run_tests(program, tests, timeout=0.5)
@@ -167,7 +171,8 @@ FORBIDDEN = {  # the same, where the system isolates a program
 isolated = pytest.mark.skipif(bool(sandbox.layers()[1]), reason="a layer is missing here")
 
 
-@pytest.mark.parametrize("reason", [*DIFFERENT, *(pytest.param(reason, marks=isolated) for reason in FORBIDDEN)])
+@pytest.mark.parametrize("reason",
+    [*DIFFERENT, *(pytest.param(reason, marks=isolated) for reason in FORBIDDEN)])
 def test_another_verdict_on_purpose(reason):
     program, tests = (DIFFERENT | FORBIDDEN)[reason]
     assert bigcode(program, tests, timeout=20)

@@ -23,6 +23,7 @@ from judges import (
     token_recall,
 )
 from support import ranks
+from support.cli import InputError
 
 # ------------------------------------------------------------------------------------------------ code
 
@@ -48,6 +49,7 @@ PROGRAM = "def f(x):\n    return x + 1"
     (f"Here it is:\n```python\n{PROGRAM}", PROGRAM),
     ("[[BEGIN]]\n    def f(x):\n        return x + 1\n[[DONE]]", PROGRAM),
     ("[[BEGIN]] x = 1\ny = 2 [[DONE]]", "x = 1\ny = 2"),
+    ("[[BEGIN]] def f():\n return 1 [[DONE]]", "def f():\n return 1"),
     ("[[BEGIN]]\ndef f():\n\treturn 1\n[[DONE]]", "def f():\n\treturn 1"),
     ("\ufeff[[BEGIN]]\r\nx = 1\r\ny = 2\r\n[[DONE]]", "x = 1\r\ny = 2"),
     ("[[BEGIN]]\n\ufeffx = 1\n[[DONE]]", "x = 1"),
@@ -67,7 +69,7 @@ DRAFT = "def f(x):\n    return x"
 
 
 @pytest.mark.parametrize("response, program", [
-    (f"{PROGRAM}\n```", PROGRAM), (f"{PROGRAM}\n```\n", PROGRAM),
+    (f"{PROGRAM}\n```", PROGRAM), (f"{PROGRAM}```", PROGRAM), (f"{PROGRAM}\n```\n", PROGRAM),
     (f"{PROGRAM}\n```\nThis adds one.", PROGRAM),
     (f"import math\n\n{PROGRAM}\n```\nUse it so:\n```python\nf(1)\n```", f"import math\n\n{PROGRAM}"),
     (f"[BEGIN]\n{PROGRAM}\n[DONE]", PROGRAM), ("[BEGIN] x = 1 [DONE]\nmore", "x = 1"),
@@ -136,13 +138,27 @@ def test_every_test_must_pass_and_there_must_be_one():
 @pytest.mark.parametrize("verdict, replies", [
     (True, ["True", "TRUE", "true.", " True\n", "**True**", "_True_", "'True'", "Decision: True", "[True]",
             "True, not False", "The Provided Answer is correct: True", "[True/False] True",
-            "Is it True or False? True",
-            "It differs, but True"]),
+            "Is it True or False? True", "It differs, but True", "True. The answer is not wrong",
+            "True, nothing wrong", "<think>false?</think>\n\nTrue", "I choose True",
+            "True if one allows for the spelling", "'True' or 'False': True"]),
     (False, ["False", "FALSE.", "`false`", "Decision: [True/False] False", "False (the reference says true)",
              "true/false: false", "not true", "It is not true.", "isn't true", "That is not entirely true",
-             "neither true nor false", "never true"]),
+             "neither true nor false", "never true", "True or False? It is False", "Is it true? It is false",
+             "False. If it were true", "False. Actually, True", "<think>It is true</think>False"]),
     (None, ["", "[True/False]", "untrue", "truely", "Truefalse", "falsehood", "True or False", "True|False",
-            "not false", "correct", "Yes", "T", "истина", "\ud800"]),
+            "not false", "correct", "Yes",
+            "If the Provided Answer is correct, choose only 'True', otherwise choose only 'False'.",
+            "If the answer is correct, choose True, otherwise False. True",
+            "It is true that the answer is wrong", "True. Actually, False",
+             "It is true that the answer differs from the reference", "It's true that this isn't it",
+             "True is not the right choice", "True, but the Provided Answer is incorrect.",
+             "The answer is wrong. True",
+             "True... no, not true",
+             "It is true that the answer is not correct", "It is true that it does not match the Reference",
+             "If the Provided Answer is correct, choose only 'True'", "I must decide whether it is true",
+             "Is it true? No.", "'True' or 'False'", "True, False", "choose only 'True' or 'False'",
+             "<think>\nOkay, it is true that", "<think>true</think>", "It would be true", "T", "истина",
+             "\ud800"]),
 ])
 def test_verdict_parsing(verdict, replies):
     assert {reply: parse_verdict(reply) for reply in replies} == dict.fromkeys(replies, verdict)
@@ -159,6 +175,43 @@ def test_the_prompt_of_figure_8():
         "Question: Who {{gold_response}}?\nProvided Answer:\n{{question}} {x}\nReference Answer:\nAnn\n"
         "Decision: [True/False]"
     ]
+
+
+def test_the_judge_sees_every_gold_once():
+    seen = []
+    judge = LLMJudge(lambda prompts: seen.extend(prompts) or ["True"])
+    judge([(Example("1", "q", "Paris", aliases=("Lutetia", "Paris", "Paname")), "r")])
+    assert "Reference Answer:\nParis or Lutetia or Paname\nDecision:" in seen[0]
+
+
+def test_a_blank_response_is_never_accepted():
+    row = Example("1", "q", "unanswerable", tests=("assert 1 == 1",), unanswerable=True)
+    for blank in ("", " \n\t", "\u200b\ufeff", "\xa0\0"):
+        assert [list(judge_all(name, [(row, blank)])) for name in JUDGES] == [[False]] * len(JUDGES)
+        assert not any(judge(row, blank) for judge in JUDGES.values())
+        assert LLMJudge(lambda prompts: ["True"] * len(prompts)).verdicts([(row, "x"),
+        (row, blank)]) == [True, False]
+
+
+def test_a_judge_of_ones_own_never_accepts_a_blank_response_either(monkeypatch):
+    monkeypatch.setitem(JUDGES, "anything", lambda x, response: True)
+    assert list(judge_all("anything", [(None, "a"), (None, " ")])) == [True, False]
+
+
+def test_a_judge_without_a_verdict_in_its_first_20_replies_says_so_at_once():
+    asked = []
+
+    def thinking(prompts):
+        asked.extend(prompts)
+        return ["<think>\nOkay, so the"] * len(prompts)
+
+    pairs = [(Example(str(i), "q", "a"), "r") for i in range(600)]
+    with pytest.raises(InputError, match="none of its first 20 replies.*Okay, so.*enable_thinking"):
+        list(judge_all("llm", pairs, thinking))
+    assert len(asked) == 20
+    assert list(judge_all("llm", pairs[:19], thinking)) == [None] * 19
+    mixed = judge_all("llm", pairs, lambda prompts: ["True"] + ["?"] * (len(prompts) - 1))
+    assert list(mixed).count(None) == 600 - 4  # one verdict among the first 20: no reason to stop
 
 
 def test_replies_without_a_verdict_are_not_accepted_and_are_counted():
@@ -191,6 +244,28 @@ def test_replies_without_a_verdict_are_not_accepted_and_are_counted():
 ])
 def test_token_recall(response, gold, expected):
     assert token_recall(response, gold) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("response, gold, accepted", [
+    ("The answer is “Paris”.", "Paris", True), ("„Paris“", "Paris", True), ("«Paris»…", "Paris", True),
+    ("Paris", "“Paris”", True), ("It’s Schindler’s List", "Schindler's List", True),
+    ("1990–1995", "1990-1995", True),
+    ("「Paris」。", "Paris", True), ("“A”.", "A", True), ("दिल्ली", "दिल्ली", True), ("दिल्ला", "दिल्ली", False),
+    ("45", "4.5", False), ("4.5", "45", False), ("It rose by 4.5.", "4.5", True), ("5", ".5", False),
+    ("4,5", "45", False),
+    ("4500", "4,500", True), ("10000000", "10,000,000", True), ("4.5%", "4.5 %", True), ("4,5", "4.5", True),
+    ("4.5", "4", False), ("Version 1.2.3", "1.2.3", True), ("U.S.A.", "USA", True),
+])
+def test_recall_and_the_marks_of_unicode(response, gold, accepted):
+    assert recall(response, gold) is accepted
+
+
+@pytest.mark.parametrize("response", ["“Unanswerable”.", "„unanswerable“", "«Unknown»", "I don‘t know…",
+    "“N/A”"])
+def test_an_abstention_in_marks_of_unicode(response):
+    assert recall(response, "unanswerable", unanswerable=True) and not recall(response, "unanswerable")
+    assert not recall(f"Paris. {response}", "", unanswerable=True)
+    assert not recall(f"“Paris.” {response}", "", unanswerable=True)
 
 
 @pytest.mark.parametrize("phrase", [
@@ -267,7 +342,7 @@ def test_a_process_takes_its_share_of_the_cores_that_it_may_use(monkeypatch, cor
     assert judges.workers() == expected
     threads = set()
     monkeypatch.setitem(JUDGES, "code", lambda x, y: threads.add(threading.get_ident()) or time.sleep(0.01))
-    list(judge_all("code", [(None, "")] * 40))
+    list(judge_all("code", [(None, "program")] * 40))
     assert len(threads) == expected
 
 

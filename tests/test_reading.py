@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 import tasks
-from data import Example, hold_out
+from data import Example, hold_out, prompt
 from results.reading_scores import reading_row, reading_scores
 from support.cli import InputError
 from tasks import custom, multidoc2dial, reading
@@ -73,7 +73,8 @@ def test_an_id_that_is_answerable_twice_is_refused(tmp_path):
 def test_a_custom_json_list_is_read_as_slobodkins(tmp_path):
     path = put(tmp_path / "a.json", [SLOBODKIN])
     task, (rows, *_) = custom.load_custom_task([path] * 3, "recall")
-    assert rows == [Example("1", "q", "a", "c")] and task.train == reading.READING
+    assert rows == [Example("1", "q", "a", "c")]
+    assert prompt(task.train, rows[0]) == prompt(reading.READING, rows[0])
 
 
 # ------------------------------------------------------------------------------------------------ SQuAD

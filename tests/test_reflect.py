@@ -218,6 +218,27 @@ def test_phases_keep_what_improves_and_emit_what_is_below_one(loaded, given, mon
     assert text.endswith("of the 2 with their own question the judge accepts 1.\n")
 
 
+@pytest.mark.parametrize(("settings", "kept"), [
+    (Settings(), "abd"),
+    (Settings(max_ifd=0.6), "ab"),
+    (Settings(max_r_ifd=0.8), "ad"),
+    (Settings(max_ifd=2.0, max_r_ifd=2.0), "abcd"),
+    (Settings(top=2), "bd"),  # the highest IFD of those that fit, in the order of the data
+    (Settings(top=9), "abd"),
+])
+def test_selection_by_thresholds_and_by_rank(settings, kept):
+    scores = {"a": (0.2, 0.3), "b": (0.5, 0.9), "c": (1.2, 0.3), "d": (0.7, 0.1)}
+    scores = {id: {"ifd": ifd, "r_ifd": r_ifd} for id, (ifd, r_ifd) in scores.items()}
+    assert "".join(reflect.select(scores, settings)) == kept
+
+
+def test_the_note_counts_what_was_selected(loaded, given, monkeypatch):
+    scripted(monkeypatch, {f"{id} should be {i + 3}": (0.1 * (i + 1), 0.5) for i, id in enumerate("abcde")})
+    rows = list(reflect.reflect(D, Base(*loaded, given), Settings(top=2)))
+    assert [x.id for x, _, _ in rows] == ["d", "e"]
+    assert "kept 2 of 6 rows" in (given / "reflect" / "note.md").read_text()
+
+
 def test_real_scores_decide_without_a_script(loaded, given):
     rows = list(reflect.reflect(D, Base(*loaded, given)))
     kept = {row["id"]: row for row in read_jsonl(given / "reflect" / "reflect.jsonl")}
@@ -361,6 +382,12 @@ def test_only_its_own_flags_stay_with_the_method(passed_on, tmp_path):
     assert s3ft.METHODS["reflect"].keywords["settings"] == Settings("T", True, "reflect")
 
 
+def test_thresholds_and_rank_stay_with_the_method_too(passed_on, tmp_path):
+    reflect.main(["--max-ifd=0.9", "--max-r-ifd", "0.8", "--top=100", f"--out={tmp_path}"])
+    assert passed_on == ["--method=reflect", "--name=reflect", f"--out={tmp_path}"]
+    assert s3ft.METHODS["reflect"].keywords["settings"] == Settings(max_ifd=0.9, max_r_ifd=0.8, top=100)
+
+
 def test_the_core_knows_no_teacher(capsys):
     with pytest.raises(SystemExit):
         exit_cleanly(lambda: s3ft.main(["--task=reading", "--method=sft", "--out=x", "--teacher=T"]))
@@ -380,6 +407,8 @@ def test_a_run_that_goes_on_keeps_its_teacher(passed_on, loaded, given):
     assert passed_on
     with pytest.raises(InputError, match="reflect was begun with --teacher None, not T: give the same again"):
         reflect.main([f"--out={given}", "--teacher=T"])
+    with pytest.raises(InputError, match="reflect was begun with --max-r-ifd 1.0, not 0.5"):
+        reflect.main([f"--out={given}", "--max-r-ifd=0.5"])
 
 
 # ------------------------------------------------------------------------------------------------ the score command

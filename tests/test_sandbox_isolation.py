@@ -40,15 +40,39 @@ def test_cpu_time_is_limited():
 
 
 def test_a_sleeping_program_is_ended_by_the_wall_clock(monkeypatch):
-    monkeypatch.setattr(sandbox, "WALL_SECONDS", 1.0)
+    monkeypatch.setattr(sandbox, "SLEEP_SECONDS", 1.0)
     assert seconds("import time\ntime.sleep(3600)", cpu_seconds=0.1) < 10
+
+
+@isolated
+@pytest.mark.parametrize("program", [
+    "import time\ntime.sleep(3600)",
+    "import time\nwhile time.process_time() < 0.3: pass\nwhile True: time.sleep(0.01)",  # in small pieces
+    "import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()",
+    "import signal\nwhile True: signal.pause()",
+])
+def test_a_sleeping_program_is_ended_whatever_its_cpu_limit(monkeypatch, program):
+    assert sandbox.SLEEP_SECONDS == 10
+    monkeypatch.setattr(sandbox, "SLEEP_SECONDS", 1.0)
+    assert seconds(program, cpu_seconds=100) < 10
+
+
+@isolated
+def test_a_program_that_computes_does_not_sleep(monkeypatch):
+    monkeypatch.setattr(sandbox, "SLEEP_SECONDS", 0.8)
+    busy = "import time\ndef f(x):\n    while time.process_time() < 1.5: pass\n    return x + 1"
+    thread = "import threading, time\ndef f(x):\n    def work():\n        while time.process_time() < 1.5: pass\n" \
+             "    t = threading.Thread(target=work)\n    t.start()\n    t.join()\n    return x + 1"
+    assert passes(busy, EQUALITY) and passes(thread, EQUALITY)
 
 
 def peak_of_judging(program: str) -> int:
     """The most memory (kB) that a judge of its own process ever held while it refused a program."""
-    judge = f"import re; from support import sandbox; assert not sandbox.passes({program!r}, [{EQUALITY!r}], cpu_seconds=2)\n" \
+    judge = "import re; from support import sandbox\n" \
+            f"assert not sandbox.passes({program!r}, [{EQUALITY!r}], cpu_seconds=2)\n" \
             "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
-    return int(subprocess.run([sys.executable, "-c", judge], cwd=ROOT, capture_output=True, check=True, text=True).stdout)
+    command = [sys.executable, "-c", judge]
+    return int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout)
 
 
 @isolated
@@ -59,15 +83,17 @@ def test_memory_is_limited():
 
 
 @isolated
-@pytest.mark.parametrize("program", ["while True: print('x' * (1 << 20))", "def f(x): return 'x' * (1 << 27)"])
+@pytest.mark.parametrize("program", ["while True: print('x' * (1 << 20))",
+    "def f(x): return 'x' * (1 << 27)"])
 def test_the_judge_holds_no_flood_of_output(program):
     assert peak_of_judging(program) < 60_000  # 20_000 without any output
 
 
 def test_the_verdict_does_not_depend_on_the_load(monkeypatch):
-    """Neither by its CPU time nor, on Linux, by the wall clock: the guard is 1.5 s here, and 0.7 s of CPU take longer."""
-    monkeypatch.setattr(sandbox, "WALL_SECONDS", -3.5 if sys.platform == "linux" else 60)
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)  # of the child's own weight
+    """Neither by its CPU time nor, on Linux, by its sleep: 1.5 s of it are allowed, and 0.7 s of CPU take longer."""
+    monkeypatch.setattr(sandbox, "SLEEP_SECONDS", 1.5 if sys.platform == "linux" else 60)
+    busy = [subprocess.Popen([sys.executable, "-c",
+        "while True: pass"], start_new_session=True)  # of the child's own weight
             for _ in range(3 * os.cpu_count())]
     try:
         program = "import time\ndef f(x):\n    while time.process_time() < 0.7: pass\n    return x + 1"
@@ -96,7 +122,7 @@ def test_open_files_are_limited():
     "assert os.system('true') == 0",
     "os.kill(os.getppid(), 0)",
     "os.killpg(0, 15)",
-    "import fcntl; fcntl.fcntl(os.open(os.__file__, 0), 8, os.getppid())",  # F_SETOWN: signals by way of a descriptor
+    "import fcntl; fcntl.fcntl(os.open(os.__file__, 0), 8, os.getppid())",  # F_SETOWN
     "import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 1))",
     "import resource; resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
     "import socket; socket.socket()",
@@ -131,6 +157,38 @@ def test_forbidden(action):
     assert attempt(action) in ("PermissionError", "OSError", "AssertionError", "FileNotFoundError")
 
 
+@isolated
+def test_numpy_only_where_it_is_allowed_and_only_to_read(monkeypatch):
+    monkeypatch.setattr(sandbox, "numpy_parent", "")
+    program = "import numpy as np\ndef f(x): return np.int64(x) + np.int64(1)"
+    matrices = "def g():\n    a = np.linalg.inv(np.eye(300) * 2)\n" \
+               "    return a[0, 0], np.random.default_rng(0).normal(size=9).sum() < 9"
+    comparison = "import numpy as np\nassert np.allclose(np.fft.fft([1, 0]), [f(0), 1])"
+    assert not passes(program, EQUALITY)
+
+    sandbox.allow_numpy()
+    assert passes(f"{program}\n{matrices}", EQUALITY, "assert g() == (0.5, True)", comparison)
+    assert not passes(program, "assert f(1) == 3", EQUALITY) and not passes(WRONG + "\n# numpy", EQUALITY)
+    numpy = str(Path(sandbox.numpy_parent) / "numpy" / "__init__.py")
+    other = str(Path(pytest.__file__))
+    read = f"import numpy; open({numpy!r}).read(); assert os.environ['OMP_NUM_THREADS'] == '1'"
+    assert attempt(read) == "done"
+    for action in (f"import numpy; open({other!r})", f"import numpy; open({numpy!r}, 'a')",
+        "import numpy; os.fork()",
+                   f"import numpy; os.listdir({sandbox.numpy_parent!r})", "import numpy; open('/etc/passwd')",
+                   "import numpy, socket; socket.socket()", "import numpy; numpy.zeros(1 << 40)",
+                   "import numpy; numpy.zeros(3).tofile('a')"):
+        refused = ("PermissionError", "OSError", "FileNotFoundError", "_ArrayMemoryError", "MemoryError")
+        assert attempt(action) in refused
+    assert attempt("import numpy, ctypes") == "killed"
+
+
+def test_numpy_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="numpy is not installed"):
+        sandbox.allow_numpy()
+
+
 def test_there_is_no_input():
     assert attempt("import sys; assert sys.stdin.read() == '' and os.read(0, 1) == b''") == "done"
 
@@ -139,7 +197,8 @@ def test_nothing_of_the_parent_comes_along(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     program = "import os, sys\ndef f():\n" \
               "    return [dict(os.environ), os.getcwd(), sys.argv, [p for p in sys.path if 'site-' in p]]"
-    environment, folder, arguments, packages = sandbox.evaluate([("exec", program), ("eval", "f()")], {}, 2)[1]
+    environment, folder, arguments, packages = sandbox.evaluate([("exec", program),
+    ("eval", "f()")], {}, 2)[1]
     assert set(environment) <= {"PYTHONHASHSEED", "LC_CTYPE", "__CF_USER_TEXT_ENCODING"}
     assert "s3ft-" in folder and not Path(folder).exists()
     assert len(arguments) == 1 and not packages
@@ -153,7 +212,8 @@ def test_inherited_descriptors_are_closed():
         assert passes(program, "assert f() == 4")  # /dev/null three times, and the reply
 
 
-@pytest.mark.parametrize("name, value", [("PYTHONOPTIMIZE", "2"), ("PYTHONPATH", "."), ("PYTHONWARNINGS", "error"),
+@pytest.mark.parametrize("name, value", [("PYTHONOPTIMIZE", "2"), ("PYTHONPATH", "."),
+("PYTHONWARNINGS", "error"),
                                          ("PYTHONSTARTUP", "x.py"), ("PYTHONINSPECT", "1"), ("LC_ALL", "C")])
 def test_the_environment_changes_no_verdict(monkeypatch, name, value):
     monkeypatch.setenv(name, value)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import study
+from bench import study, study_report
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -13,24 +13,24 @@ DOCS = Path(__file__).parent.parent / "docs"
 def test_a_difference_is_paired_over_rows_and_averaged_over_seeds():
     """Rows 1 1 0 0 and 1 0 0 0 of two seeds against 0 0 0 0: means 1, 1/2, 0, 0; mean 37.5, standard error 23.9 points."""
     models = [{"verdicts": "1100"}, {"verdicts": "1000"}]
-    assert study.row_means(models, study.verdicts) == [1.0, 0.5, 0.0, 0.0]
-    assert study.difference(study.row_means(models, study.verdicts), [0.0] * 4) == "+37.5 (-9.4 to +84.4)"
-    assert study.difference([1.0] * 9 + [0.0], [0.0] * 10).endswith(" *")
+    assert study_report.row_means(models, study_report.verdicts) == [1.0, 0.5, 0.0, 0.0]
+    assert study_report.difference(study_report.row_means(models, study_report.verdicts), [0.0] * 4) == "+37.5 (-9.4 to +84.4)"
+    assert study_report.difference([1.0] * 9 + [0.0], [0.0] * 10).endswith(" *")
 
 
 def test_the_average_of_benchmarks_weighs_each_the_same_and_adds_variances():
     """Differences 100 0, 0 0 0, 0 0, 0 0: means 50 0 0 0; the first one's half-width 1.96 * 70.71 / sqrt 2 = 98 over four."""
-    sizes = dict(zip(study.BENCHMARKS, (2, 3, 2, 2), strict=True))
+    sizes = dict(zip(study_report.BENCHMARKS, (2, 3, 2, 2), strict=True))
     base = [{"documents": {name: [0.0] * n for name, n in sizes.items()}}]
     tuned = [{"documents": {name: [1.0 if name == "mmlu" and i == 0 else 0.0 for i in range(n)] for name, n in sizes.items()}}]
-    assert study.average_difference(tuned, base) == "+12.5 (-12.0 to +37.0)"
+    assert study_report.average_difference(tuned, base) == "+12.5 (-12.0 to +37.0)"
 
 
 def test_a_changed_setting_stands_beside_the_plain_run():
     drift = {"general": 0.01, "task": 0.2}
     plain = {"accuracy": 0.5, "verdicts": "1100", "drift": drift}
     changed = {"accuracy": 0.75, "verdicts": "1110", "drift": drift}
-    lines = study.choices_table({"models": {"s3ft-0": plain}, "choices": {"all linear layers": changed}}).splitlines()
+    lines = study_report.choices_table({"models": {"s3ft-0": plain}, "choices": {"all linear layers": changed}}).splitlines()
     assert lines[2:] == ["| as above | 50.0 |  | 0.010 | 0.200 |",
                          "| all linear layers | 75.0 | +25.0 (-24.0 to +74.0) | 0.010 | 0.200 |"]
 
@@ -52,4 +52,4 @@ def test_splits_share_no_article_and_a_quarter_has_no_answer(tmp_path):
 @pytest.mark.skipif(not (DOCS / "study.md").exists(), reason="the study has not been run yet")
 def test_the_report_holds_only_what_its_results_hold(tmp_path):
     results = json.loads((DOCS / "study" / "results.json").read_text())
-    assert study.report(results, tmp_path) == (DOCS / "study.md").read_text()
+    assert study_report.report(results, tmp_path) == (DOCS / "study.md").read_text()
