@@ -1,146 +1,48 @@
-"""results.json -> report.md and figures/: the paper's tables and Fig. 2, ours beside the paper's.
+"""results.json -> report.md and figures/: the paper's tables, its Table 1 and Fig. 2, ours beside the
+paper's.
 
-Nothing is measured here: a report holds what is in results.json, and shares and means of it.
+Nothing is measured here: a report holds what is in results.json, and shares and means of it. The learning
+curves are drawn from the log of each method.
 """
 
 from pathlib import Path
 from statistics import mean
 
-from results.figures import KINDS, draw_log_probabilities
-from results.paper import PAPER_ACCURACY, PAPER_BENCHMARKS, PAPER_SOURCES
+from results import tables
+from results.figures import draw_curves, draw_log_probabilities, draw_sources
+from results.markdown import markdown_table
+from results.run_files import BRANCHES, KINDS
+from results.table_4 import benchmarks_section, scores_table, settings_table
+from results.training_texts import describe
 from support.files import write_text
 
-SOURCES = ("prediction", "paraphrase", "gold")
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def of_the_paper(table: dict, results: dict):
-    """The paper's row for this task; None where it has none, as for models that were trained on another task."""
-    return None if "trained_on" in results["config"] else table.get(results["config"]["task"])
-
-
-def accuracy_table(results: dict) -> str:
-    """Table 2: accuracy with its interval, and each method against SFT on the same rows."""
-    paper = of_the_paper(PAPER_ACCURACY, results) or {}
-    rows = [accuracy_row(name, model, paper) for name, model in results["models"].items()]
-    header = ["method", "accuracy %", "95 % interval", "against SFT", "drift general", "drift task", "training min", "paper %"]
-    return markdown_table(header, rows)
-
-
-def accuracy_row(name: str, model: dict, paper: dict) -> list[str]:
-    low, high = model["interval"]
-    versus, training = model.get("against_sft"), model.get("training", {})
-    return [
-        name, percent(model["accuracy"]), f"{percent(low)} to {percent(high)}",
-        f"{100 * versus['difference']:+.1f} (p = {versus['p']:.2g})" if versus else "",
-        *(f"{value:.4f}" for value in model.get("drift", {"general": 0, "task": 0}).values()),
-        f"{training['minutes']:.1f}" if training else "", str(paper.get(training.get("method", "base"), "")),
-    ]
-
-
-def sources_table(results: dict) -> str:
-    """Table 3: where the training targets come from."""
-    rows = []
-    for name, model in results["models"].items():
-        if "training" in model:
-            sources = model["training"]["sources"]
-            n = sum(sources.values())
-            others = "".join(f" (and {percent(sources[kind] / n)} {kind})" for kind in sources if kind not in SOURCES)
-            rows.append([name + others, str(n), *(percent(sources[source] / n) for source in SOURCES)])
-    paper = of_the_paper(PAPER_SOURCES, results)
-    if paper:
-        rows.append(["s3ft in the paper", "", *map(str, paper)])
-    return markdown_table(["method", "rows", "model responses %", "gold paraphrases %", "gold responses %"], rows)
-
-
-def reading_table(results: dict) -> str:
-    """SSR's setting: answerable and unanswerable rows apart, and together."""
-    metrics = ("exact", "f1", "recall", "modified_recall", "answerability")
-    rows = [[name, group, str(scores["n"]), *(percent(scores[metric]) for metric in metrics), f"{scores['words']:.1f}"]
-            for name, model in results["models"].items() for group, scores in model["reading"].items()]
-    return markdown_table(["method", "rows", "n", "exact match %", "F1 %", "recall %", "modified recall %", "answerability %",
-                           "words"], rows)
-
-
-def training_table(results: dict) -> str:
-    fields = ("steps", "step", "tokens_per_second", "peak_memory_gib")
-    rows = [[name, percent(training["validation"]), *(str(training[field]) for field in fields)]
-            for name, model in results["models"].items() if (training := model.get("training"))]
-    return markdown_table(["method", "validation %", "steps", "best step", "tokens/s", "peak memory GiB"], rows)
-
-
-def benchmarks_table(results: dict) -> str:
-    """Table 4: general benchmarks, and the mean drop against the base model."""
-    models = {name: model["benchmarks"] for name, model in results["models"].items() if "benchmarks" in model}
-    names = list(models["base"]["scores"])
-    rows = []
-    for model_name, found in models.items():
-        values = [headline(name, found["scores"][name]) for name in names]
-        rows.append([model_name, *map(percent, values), percent(mean(values)),
-                     ", ".join(drop_cell(found["drop"][name]) for name in names) if "drop" in found else ""])
-    for method, values in (of_the_paper(PAPER_BENCHMARKS, results) or {}).items():
-        by_name = dict(zip(("mmlu", "truthfulqa", "hellaswag", "winogrande"), values, strict=False))  # without the average
-        shown = [by_name[name] for name in names]
-        rows.append([f"{method} in the paper", *map(str, shown), f"{mean(shown):.1f}", ""])
-    return markdown_table(["method", *names, "average", "drop against base, points (95 % interval)"], rows)
-
-
-def headline(name: str, score: dict) -> float:
-    return score["mean" if name == "truthfulqa" else "acc"]
-
-
-def drop_cell(drop: dict) -> str:
-    low, high = drop["interval"]
-    return f"{100 * drop['drop']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def scores_table(scores: dict) -> str:
-    """Every metric of every benchmark with its standard error."""
-    rows = []
-    for name, score in scores.items():
-        metrics = [key for key in score if key not in ("n", "subjects") and not key.endswith("_stderr")]
-        rows += [[name, key, percent(score[key]), "" if score[f"{key}_stderr"] is None else percent(score[f"{key}_stderr"]),
-                  str(score["n"])] for key in metrics]
-    return markdown_table(["benchmark", "metric", "%", "standard error", "n"], rows)
-
-
-def write_benchmark_report(model: str, scores: dict, folder: Path) -> str:
-    text = f"# General benchmarks: {model}\n\n{scores_table(scores)}\n"
-    write_text(folder / "report.md", text)
-    return text
+SOURCES = BRANCHES
 
 
 def write_report(results: dict, run: Path) -> str:
-    """Write report.md (and Fig. 2, where matplotlib is installed) -> the report's text."""
-    models = results["models"]
+    """Write report.md (and the figures, where matplotlib is installed) -> the report's text."""
     parts = [
         *heading(results),
-        "## In-domain accuracy (Table 2) and drift",
-        accuracy_table(results),
-        "Intervals: Wilson. Against SFT: difference in points on the same rows, McNemar's exact test. Drift: mean "
-        "KL(base || tuned) per token, in nats, over the base model's own responses. Minutes: training alone.",
-        f"Length limit hit: {counts(models, 'length_limit_hit')}. Unreadable verdicts, counted as not accepted: "
-        f"{counts(models, 'unreadable_verdicts')}.",
-        "## Where the training targets come from (Table 3)",
-        sources_table(results),
-        *(f"Of {found['n']} {kind}, {found['length_limit_hit']} were cut off by the length limit and "
-          f"{found['unreadable_verdicts']} had an unreadable verdict, counted as not accepted."
-          for kind, found in results["selection"].items()),
-        *([results["reflect"]] if results["reflect"] else []),
-        "## Training",
-        training_table(results),
+        *accuracy_section(results),
+        *sources_section(results, run),
+        *training_section(results, run),
         *log_probability_section(results["log_probabilities"], run),
-        *optional_sections(results),
+        *examples_section(results),
+        *reading_section(results),
+        *benchmarks_section(results),
+        *harness_section(results),
+        *costs_section(results),
     ]
     text = "\n\n".join(parts) + "\n"
     write_text(run / "report.md", text)
+    return text
+
+
+def write_benchmark_report(model: str, scores: dict, folder: Path) -> str:
+    """The report of a model on its own."""
+    settings = settings_table({model: {"benchmarks": {"scores": scores}}})
+    text = f"# General benchmarks: {model}\n\n{scores_table(scores)}\n\n{settings}\n"
+    write_text(folder / "report.md", text)
     return text
 
 
@@ -148,40 +50,32 @@ def heading(results: dict) -> list[str]:
     config, machine = results["config"], results["machine"]
     trained_on = f" (trained on {config['trained_on']})" if "trained_on" in config else ""
     limit = f", first {config['limit']} rows of every split" if config["limit"] else ""
-    n = next(iter(results["models"].values()))["n"]
-    return [f"# {config['task']}{trained_on}: {config['model']}",
-            f"{machine['date']}, {machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
-            f"peak memory of the evaluation {machine['peak_memory_gib']} GiB; "
-            f"{n} test rows{limit}, judge: {config['judge'] or 'the task’s own'}."]
+    n = results["models"]["base"]["n"]
+    return [
+        f"# {config['task']}{trained_on}: {config['model']}",
+        f"{machine['date']}, {machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"peak memory of the evaluation {machine['peak_memory_gib']} GiB; "
+        f"{n} test rows{limit}, judge: {config['judge'] or 'the task’s own'}.",
+    ]
 
 
-def optional_sections(results: dict) -> list[str]:
-    """What only some tasks and commands have."""
-    models, parts = results["models"], []
-    if all("reading" in model for model in models.values()):
-        parts += ["## Reading comprehension, as SSR reports it", reading_table(results),
-                  "Recall, modified recall (our definition), answerability: see `results/reading_scores.py`."]
-    scores = {name: model["benchmarks"]["scores"] for name, model in models.items() if "benchmarks" in model}
-    if "base" in scores:
-        halves = ", ".join(f"{name} {percent(found['mc1'])} and {percent(found['mc2'])}" for name, score in scores.items()
-                           if (found := score.get("truthfulqa")))
-        parts += ["## General benchmarks (Table 4)", benchmarks_table(results),
-                  *([f"`truthfulqa` is the mean of mc1 and mc2 ({halves})."] if halves else []),
-                  "Drops: on the same documents, intervals of paired differences."]
-    if all("harness" in model for model in models.values()):
-        parts += ["## GSM8K as lm-evaluation-harness reads it", markdown_table(
-            ["method", "strict %", "flexible %"],
-            [[name, *(percent(value) for value in model["harness"].values())] for name, model in models.items()]),
-            "`strict` reads the number after `####`, a form that the paper's prompts do not ask for."]
-    return parts
-
-
-def log_probability_section(scores: dict | None, run: Path) -> list[str]:
-    if not scores:
-        return []
-    parts = ["## Log-probability under the base model (Fig. 2)", log_probability_lines(scores)]
-    if draw_log_probabilities(scores, run / "figures" / "log_probability.svg"):
-        parts.append("![Fig. 2](figures/log_probability.svg)")
+def accuracy_section(results: dict) -> list[str]:
+    models = results["models"]
+    parts = [
+        "## In-domain accuracy (Table 2) and drift",
+        tables.accuracy_table(results),
+        "Intervals: Wilson. Against SFT: difference in points on the same rows, McNemar's exact test. Drift: mean "
+        "KL(base || tuned) per token, in nats, over the base model's own responses. General drift is the one to read "
+        "first. Drift on the task is measured on answers of the base model, and on such answers S3FT trains. So it is "
+        "low there by construction. Minutes: training alone.",
+        f"Length limit hit: {counts(models, 'length_limit_hit')}. Unreadable verdicts, counted as not accepted: "
+        f"{counts(models, 'unreadable_verdicts')}.",
+    ]
+    if len([name for name in models if name.startswith("base")]) > 1:
+        parts.append(
+            "`base (train prompt)` is the base model under the prompt that trained models get. The paper accepts 49.5 % of "
+            "its responses to GSM8K's training questions and scores 40.3 % on the test questions, which one prompt does "
+            "not explain.")
     return parts
 
 
@@ -189,7 +83,120 @@ def counts(models: dict, field: str) -> str:
     return ", ".join(f"{name} {model[field]}" for name, model in models.items())
 
 
+def sources_section(results: dict, run: Path) -> list[str]:
+    """Table 3, and what of the responses to the training rows was not used."""
+    parts = ["## Where the training targets come from (Table 3)", tables.sources_table(results)]
+    if draw_sources(results, run / "figures" / "sources.svg"):
+        parts.append("![sources of the training targets](figures/sources.svg)")
+    for kind, found in results["selection"].items():
+        unused = results["unused"][kind]
+        text = (f"Of {found['n']} {kind}, {found['length_limit_hit']} were cut off by the length limit "
+                f"(the judge accepts {unused['cut_off']} of these, which are not used) and "
+                f"{found['unreadable_verdicts']} had an unreadable verdict, counted as not accepted.")
+        if "marks_another_number" in unused:
+            text += (f" {unused['marks_another_number']} mark their answer (\\boxed, ####, \"the answer is\") and end in "
+                     "another number, which is what the judge reads.")
+        parts.append(text)
+    for name, note in results["notes"].items():
+        parts.append(f"{name}: {note}")
+    return parts
+
+
+def training_section(results: dict, run: Path) -> list[str]:
+    parts = ["## Training", tables.training_table(results)]
+    names = [name for name, model in results["models"].items() if "training" in model]
+    if "validation_rows" in results and draw_curves(run, names, results["validation_rows"]):
+        parts.append("![loss and validation accuracy](figures/learning_curves.svg)")
+    return parts
+
+
+def log_probability_section(scores: dict | None, run: Path) -> list[str]:
+    """Fig. 2: a table and the figure."""
+    if not scores:
+        return []
+    parts = ["## Log-probability under the base model (Fig. 2)"]
+    if "beside_gold" in scores:
+        parts += beside_gold_table(scores)
+    else:
+        parts.append(log_probability_lines(scores))
+    if draw_log_probabilities(scores, run / "figures" / "log_probability.svg"):
+        parts.append("![Fig. 2](figures/log_probability.svg)")
+    return parts
+
+
+def beside_gold_table(scores: dict) -> list[str]:
+    """Each kind beside the gold of its own rows: the sum over a response, and its mean over the tokens."""
+    rows = []
+    for kind in KINDS:
+        found = [row for row in scores["beside_gold"] if row["kind"] == kind]
+        if found:
+            cells = []
+            for side in ("response", "gold"):
+                cells.append(f"{mean(row[side][0] for row in found):.1f}")
+            for side in ("response", "gold"):
+                cells.append(f"{mean(row[side][0] / row[side][1] for row in found):.3f}")
+            likelier = sum(row["response"][0] > row["gold"][0] for row in found)
+            rows.append([f"accepted {kind}", str(len(found)), *cells, f"{likelier} of {len(found)}"])
+    header = ["responses", "n", "mean log p(y given x), nats", "of their golds", "a token", "of their golds",
+              "likelier than the gold"]
+    return [
+        markdown_table(header, rows),
+        f"{scores['n']} random training rows ({scores['rows']}), each response beside the gold of its own row. The sum "
+        "favours a short text, whoever wrote it. The mean over the tokens does not.",
+    ]
+
+
 def log_probability_lines(scores: dict) -> str:
-    kinds = [[kind, str(len(scores[kind])), f"{mean(scores[kind]):.1f}"] for kind in KINDS if scores[kind]]
-    table = markdown_table(["responses", "n", "mean log p(y given x), nats"], kinds)
+    """The table of results that were made before each response stood beside its own gold."""
+    rows = []
+    for kind in (*KINDS, "golds"):
+        if scores[kind]:
+            rows.append([kind, str(len(scores[kind])), f"{mean(scores[kind]):.1f}"])
+    table = markdown_table(["responses", "n", "mean log p(y given x), nats"], rows)
     return f"{table}\n\n{scores['n']} random training rows ({scores['rows']})."
+
+
+def examples_section(results: dict) -> list[str]:
+    """Table 1: rows on their way through the three branches."""
+    examples = results.get("examples")
+    if not examples:
+        return []
+    parts = ["## Rows on their way through the three branches (Table 1)",
+             "log p is the base model's, of the text as its response to the prediction prompt. "
+             "`evaluate.py --show ID` shows any other row."]
+    for example in examples:
+        parts.append(describe(example))
+    return parts
+
+
+def reading_section(results: dict) -> list[str]:
+    if not all("reading" in model for model in results["models"].values()):
+        return []
+    return [
+        "## Reading comprehension, as SSR reports it",
+        tables.reading_table(results),
+        "Recall, modified recall (our definition), answerability: see `results/reading_scores.py`. Recall rewards a long "
+        "answer. Exact match and F1 do not: read them beside it.",
+    ]
+
+
+def harness_section(results: dict) -> list[str]:
+    if not all("harness" in model for model in results["models"].values()):
+        return []
+    return [
+        "## GSM8K as lm-evaluation-harness reads it",
+        tables.harness_table(results),
+        "`strict` reads the number after `####`, a form that the paper's prompts do not ask for.",
+    ]
+
+
+def costs_section(results: dict) -> list[str]:
+    if not results.get("costs"):
+        return []
+    return [
+        "## What D' costs",
+        tables.costs_table(results),
+        "Every call of a stage, and the tokens that it generated; of training, its steps and the tokens of prompts and "
+        "targets. The base model's answers are made once and serve every method. What was made by another engine, and "
+        "drift and the general benchmarks, are not counted. The paper: one A100 80 GB, predictions with vLLM.",
+    ]

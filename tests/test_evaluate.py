@@ -8,6 +8,7 @@ import torch
 
 import answers
 import evaluate
+import judges
 import lora
 import s3ft
 from data import Task
@@ -208,7 +209,7 @@ def test_evaluating_twice_makes_nothing_again(run, monkeypatch):
     before = {path: path.read_bytes() for path in run.rglob("*.jsonl")}
     (run / "results.json").unlink()
     monkeypatch.setattr(answers, "generate", None)
-    monkeypatch.setattr(evaluate.judges, "judge_all", None)
+    monkeypatch.setattr(judges, "judge_all", None)
     evaluate.main([f"--out={run}", "--device=cpu"])
     assert before == {path: path.read_bytes() for path in run.rglob("*.jsonl")}
     assert (run / "results.json").exists()

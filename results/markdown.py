@@ -1,0 +1,32 @@
+"""Tables and numbers as Markdown."""
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = []
+    for cells in [header, ["---"] * len(header), *rows]:
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def percent(value: float | None) -> str:
+    """A share in percent, "" where there is none."""
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def shown(value) -> str:
+    """A value as it is, "" where there is none."""
+    return "" if value is None else str(value)
+
+
+def points(center: float, low: float | None, high: float | None) -> str:
+    """A difference in points with its interval, which a single document does not have."""
+    if low is None or high is None:
+        return f"{100 * center:.1f}"
+    return f"{100 * center:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def paper_row(table: dict, results: dict):
+    """The paper's row for a run's task. None: it has none, as for models trained on another task."""
+    if "trained_on" in results["config"]:
+        return None
+    return table.get(results["config"]["task"])

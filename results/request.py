@@ -1,0 +1,164 @@
+"""What evaluate.py is asked for: its command line, read into plain values."""
+
+import argparse
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from engine.model import usable_device
+from results.config import Machine, read_comparison
+from results.run_files import trained_methods
+from support.cli import InputError, one_line_error, positive_int
+from tasks.benchmarks import BENCHMARKS, ZERO_SHOT, Scoring
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked of a run's models."""
+
+    run: Path  # the folder that s3ft.py wrote
+    machine: Machine = field(default_factory=Machine)  # where it is done
+    task: str | None = None  # another task than the run's own
+    test_file: str | None = None  # another test file of a run on a person's own files
+    benchmarks: tuple[str, ...] = ()  # general ones (Table 4)
+    scoring: Scoring = ZERO_SHOT  # how they are asked
+    audit: int | None = None  # instead of all that: how many judged rows a person marks
+    show: str | None = None  # instead of all that: the training row that is shown
+
+    @property
+    def elsewhere(self) -> str:
+        """The name of the folders for other test rows than the run's own, "" for its own."""
+        if self.task or self.test_file:
+            return f"on_{self.task or Path(self.test_file).stem}"
+        return ""
+
+    @property
+    def out(self) -> Path:
+        """Where the report is."""
+        return self.run / self.elsewhere
+
+    def folder(self, name: str) -> Path:
+        """Where a model's answers are: with it, and apart from those to other test rows."""
+        return self.run / name / self.elsewhere
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What is asked of a model that belongs to no run."""
+
+    model: str  # a Hugging Face name or a folder
+    adapter: Path | None  # in PEFT's format
+    dtype: str | None  # None: the device's own
+    out: Path  # for the scores
+    machine: Machine
+    benchmarks: tuple[str, ...]
+    scoring: Scoring
+
+
+def config_of(evaluation: Evaluation) -> dict:
+    """The run's settings, with the other test rows that are asked for."""
+    config = asdict(read_comparison(evaluation.run))
+    if evaluation.task:
+        own = {"files": None, "judge": None, "max_new_tokens": None}  # are those of the run's own task
+        return config | own | {"trained_on": config["task"], "task": evaluation.task}
+    if evaluation.test_file:
+        if not config["files"]:
+            raise InputError(
+                f"--test-file: {evaluation.run} was trained on {config['task']}, which has its own rows")
+        config["files"] = [*config["files"][:2], evaluation.test_file]
+        config["trained_on"] = config["task"]
+    return config
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def read_command_line(argv=None) -> Evaluation | Alone:
+    """InputError: the flags do not fit together."""
+    args = parse(argv)
+    return alone_from(args) if args.model else evaluation_from(args)
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Evaluate a run folder: base model and every trained one.", allow_abbrev=False)
+    parser.error = one_line_error
+    parser.add_argument("--out", required=True, type=Path, help="the run folder that s3ft.py wrote")
+    parser.add_argument("--data", default="data", help="where the data sets are (%(default)s)")
+    parser.add_argument("--task", help="measure on this task's test rows instead of the run's own")
+    parser.add_argument("--test-file", metavar="FILE",
+                        help="measure on this test file instead of a custom run's own")
+    parser.add_argument("--audit", type=positive_int, metavar="N",
+                        help="draw N judged rows for a person to mark, or read them back")
+    parser.add_argument("--show", metavar="ID", help="show a training row's way through the three branches")
+    general = parser.add_argument_group("general benchmarks (Table 4), as lm-evaluation-harness scores them")
+    general.add_argument("--benchmarks", type=lambda text: text.split(","), metavar="LIST",
+                         help=f"of {','.join(BENCHMARKS)}")
+    general.add_argument("--model", help="score this model; --out is then a folder of its own, not a run's")
+    general.add_argument("--adapter", type=Path, metavar="FOLDER",
+                         help="with --model: an adapter in PEFT's format")
+    general.add_argument("--dtype", choices=("bfloat16", "float32"),
+                         help="with --model (default: bfloat16 on cuda, else float32)")
+    general.add_argument("--limit", type=positive_int, metavar="N",
+                         help="only N documents, the first ones (of MMLU: of each subject)")
+    general.add_argument("--sampled", action="store_true",
+                         help="with --limit: N at random, the same for every model")
+    general.add_argument("--num-fewshot", type=int, choices=range(6), default=0, metavar="K",
+                         help="solved MMLU questions shown, 0 to 5 (%(default)s)")
+    general.add_argument("--apply-chat-template", action="store_true",
+                         help="ask in the model's chat template")
+    general.add_argument("--add-bos", action="store_true", help="put one BOS token in front")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="run Python code that comes with the model")
+    parser.add_argument("--sandbox", choices=("best", "strict"), default="best",
+                        help="code judge: see s3ft.py (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def machine_from(args) -> Machine:
+    return Machine(args.data, usable_device(args.device), args.trust_remote_code, args.sandbox)
+
+
+def scoring_from(args) -> Scoring:
+    """InputError: a flag that no named benchmark would heed."""
+    asked = (args.limit, args.sampled, args.num_fewshot, args.apply_chat_template, args.add_bos)
+    if not args.benchmarks and any(asked):
+        raise InputError(
+            "--limit, --sampled, --num-fewshot, --apply-chat-template and --add-bos go with --benchmarks")
+    if args.sampled and not args.limit:
+        raise InputError("--sampled goes with --limit")
+    if args.num_fewshot and "mmlu" not in args.benchmarks:
+        raise InputError("--num-fewshot: only mmlu is asked with solved questions; name it in --benchmarks")
+    return Scoring(args.num_fewshot, args.apply_chat_template, args.add_bos, args.limit, args.sampled)
+
+
+def alone_from(args) -> Alone:
+    """What the flags ask of a model that belongs to no run. InputError: they do not fit together."""
+    if not args.benchmarks:
+        raise InputError("--model goes with --benchmarks; the models of a run come from its folder")
+    if args.task or args.test_file or args.audit or args.show:
+        raise InputError("--task, --test-file, --audit and --show are for a run's models: leave --model out")
+    if (args.out / "config.json").exists() or trained_methods(args.out):
+        raise InputError(
+            f"--out {args.out}: a run's folder, whose results --model would overwrite; take another")
+    names = tuple(args.benchmarks)
+    return Alone(args.model, args.adapter, args.dtype, args.out, machine_from(args), names, scoring_from(args))
+
+
+def evaluation_from(args) -> Evaluation:
+    """What the flags ask of a run's models. InputError: they do not fit together."""
+    if args.adapter or args.dtype:
+        raise InputError("--adapter and --dtype go with --model; a run's own are in its folder")
+    if args.task == "custom":
+        raise InputError("--task custom: only a built-in task can be measured on a run that was trained on another; "
+                         "another file of your own is --test-file FILE")
+    if args.task and args.test_file:
+        raise InputError("--task and --test-file: each takes other test rows; give one of them")
+    if args.audit or args.show:
+        flag = "--audit" if args.audit else "--show"
+        if args.benchmarks or args.task or args.test_file or (args.audit and args.show):
+            raise InputError(f"{flag} stands alone: leave --benchmarks, --task, --test-file (and --show) out")
+    scoring = scoring_from(args)
+    names = tuple(args.benchmarks or ())
+    machine = machine_from(args)
+    return Evaluation(args.out, machine, args.task, args.test_file, names, scoring, args.audit, args.show)

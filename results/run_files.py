@@ -1,0 +1,224 @@
+"""What the files of a run folder say: its methods, answers and verdicts, what was not used, what it cost."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from judges import leaks
+from support.cli import InputError
+from support.files import read_bytes, read_json, read_jsonl, resume_jsonl
+from support.numerals import mark_differs
+from support.stats import mcnemar
+
+KINDS = ("predictions", "paraphrases")
+BRANCHES = ("prediction", "paraphrase", "gold")  # of Algorithm 1, in the order of Fig. 1
+
+# ------------------------------------------------------------------------------ methods
+
+
+def trained_methods(run: Path) -> list[str]:
+    """Names of the run's trained models, sft first."""
+    found = [path.parent.name for path in run.glob("*/training.json")]
+    return sorted(found, key=lambda name: (name != "sft", name))
+
+
+def read_training(folder: Path) -> dict:
+    """A method's training.json. What an older one does not say is None. InputError: it is no JSON object."""
+    path = folder / "training.json"
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object; remove it, and s3ft.py makes it again")
+    unsaid = ("steps", "step", "validation", "minutes", "tokens", "tokens_per_second", "peak_memory_gib")
+    return {"method": folder.name, "sources": {}} | dict.fromkeys(unsaid) | found
+
+
+def read_notes(run: Path, names: list[str]) -> dict[str, str]:
+    """What a method wrote about itself, in its note.md."""
+    notes = {}
+    for name in names:
+        path = run / name / "note.md"
+        if path.exists():
+            notes[name] = read_bytes(path).decode("utf-8", "replace").strip()
+    return notes
+
+
+# ------------------------------------------------------------------------------ answers
+
+
+@dataclass(frozen=True)
+class KeptAnswer:
+    """A response of the base model to a training row, and what became of it."""
+
+    text: str
+    verdict: bool | None  # of the judge; None: it could not be read, or was not asked
+    finished: bool  # the length limit did not cut it off
+    usable: bool  # a method may train on it
+
+
+def read_answers(run: Path, kind: str, keep_unfinished: bool = False) -> dict[str, KeptAnswer]:
+    """id -> answer, of predictions or paraphrases.
+
+    Usable is what the judge accepts, is not cut off, and (of a paraphrase) does not leak its prompt.
+    """
+    verdicts = {row["id"]: row["accepted"] for row in resume_jsonl(run / f"{kind}.judged.jsonl")}
+    answers = {}
+    for row in resume_jsonl(run / f"{kind}.jsonl"):
+        text = row["response"]
+        verdict = verdicts.get(row["id"])
+        finished = row.get("finished", True)
+        usable = verdict is True and (finished or keep_unfinished)
+        if kind == "paraphrases" and leaks(text):
+            usable = False
+        answers[row["id"]] = KeptAnswer(text, verdict, finished, usable)
+    return answers
+
+
+def branch_of(y_hat: KeptAnswer, y_tilde: KeptAnswer | None) -> str:
+    """Where Algorithm 1 takes the target from."""
+    if y_hat.usable:
+        return "prediction"
+    if y_tilde and y_tilde.usable:
+        return "paraphrase"
+    return "gold"
+
+
+def selection_faults(run: Path) -> dict[str, dict[str, int]]:
+    """What was cut off, or had no readable verdict, among the responses to the training rows."""
+    found = {}
+    for kind in KINDS:
+        rows = resume_jsonl(run / f"{kind}.jsonl")
+        if rows:
+            verdicts = resume_jsonl(run / f"{kind}.judged.jsonl")
+            found[kind] = {
+                "n": len(rows),
+                "length_limit_hit": sum(not row.get("finished", True) for row in rows),
+                "unreadable_verdicts": sum(row["accepted"] is None for row in verdicts),
+            }
+    return found
+
+
+def unused_answers(run: Path, keep_unfinished: bool, numeric: bool) -> dict[str, dict[str, int]]:
+    """Responses that would count but for one thing.
+
+    cut_off: the judge accepts it, and the length limit cut it off. marks_another_number (numeric judge): it
+    marks its answer, as with \\boxed, and ends with another number, which the judge reads.
+    """
+    found = {}
+    for kind in KINDS:
+        answers = read_answers(run, kind, keep_unfinished).values()
+        if answers:
+            cut_off = [y for y in answers if y.verdict is True and not y.finished and not y.usable]
+            found[kind] = {"cut_off": len(cut_off)}
+            if numeric:
+                found[kind]["marks_another_number"] = sum(mark_differs(y.text) for y in answers)
+    return found
+
+
+# ------------------------------------------------------------------------------ test answers
+
+
+def compare(models: dict[str, dict], folders: dict[str, Path], ids: list[str]) -> None:
+    """Add each model's paired comparisons over the test rows `ids`, against SFT and against the base model."""
+    verdicts = {}
+    for name, folder in folders.items():
+        rows = read_jsonl(folder / "test.judged.jsonl", ("id", "accepted"))
+        accepted = {row["id"]: bool(row["accepted"]) for row in rows}
+        verdicts[name] = [accepted[id] for id in ids]
+
+    for other in ("sft", "base"):
+        for name in folders:
+            if other in folders and name != other:
+                models[name][f"against_{other}"] = mcnemar(verdicts[name], verdicts[other])
+
+
+# ------------------------------------------------------------------------------ costs
+
+
+STAGES = {  # of a costs.jsonl, in the words of the report
+    "predictions": "predict",
+    "judge:predictions": "judge predictions",
+    "paraphrases": "paraphrase",
+    "judge:paraphrases": "judge paraphrases",
+    "samples": "sample",
+    "judge:samples": "judge samples",
+}
+
+
+def read_costs(run: Path, training: dict[str, dict]) -> list[dict]:
+    """What D', training and evaluation cost: {"stage", "model", "calls", "tokens", "seconds"} a stage, summed
+    over every call of it.
+
+    From costs.jsonl, beside the answers, and from `training` (name -> training.json). What was made
+    elsewhere, or before costs were kept, is not in it.
+"""
+    making, evaluating = {stage: Counter() for stage in STAGES.values()}, {}
+    for folder, row in _cost_rows(run):
+        stage = str(row.get("stage"))
+        if stage.endswith(".judged"):
+            stage = "judge:" + stage.removesuffix(".judged")
+        if stage in STAGES:
+            total = making[STAGES[stage]]
+        else:
+            total = evaluating.setdefault(folder, Counter())
+        for name in ("calls", "tokens", "seconds"):
+            total[name] += row.get(name) or 0
+
+    rows = [{"stage": stage, "model": "base", **_sums(total)} for stage, total in making.items() if total]
+    for name, found in training.items():
+        if found["minutes"] is not None:
+            calls, tokens = found["steps"] or 0, found["tokens"] or 0
+            rows.append({"stage": "train", "model": name, "calls": calls, "tokens": tokens,
+                         "seconds": round(60 * found["minutes"], 1)})
+    for folder, total in sorted(evaluating.items()):
+        rows.append({"stage": "evaluate", "model": folder, **_sums(total)})
+    return rows
+
+
+def _cost_rows(run: Path):
+    """(folder in the run, row) of every costs.jsonl. A row names its folder, or is of its file's."""
+    for path in sorted([run / "costs.jsonl", *run.glob("*/costs.jsonl"), *run.glob("*/*/costs.jsonl")]):
+        for row in resume_jsonl(path):
+            own_folder = path.parent.relative_to(run).as_posix()
+            yield str(row.get("folder", own_folder)), row
+
+
+def _sums(total: Counter) -> dict:
+    return {"calls": total["calls"], "tokens": total["tokens"], "seconds": round(total["seconds"], 1)}
+
+
+# ------------------------------------------------------------------------------ results
+
+
+def read_results(folder: Path) -> dict:
+    """results.json of an earlier call, {} where there is none. InputError: it is none of ours."""
+    path = folder / "results.json"
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object; remove it, and evaluate.py makes it again")
+    return found
+
+
+def read_elsewhere(run: Path) -> dict[str, dict]:
+    """Other tasks that the run's models were measured on -> {model: {accuracy, n, against_base}} of each."""
+    found = {}
+    for path in sorted(run.glob("on_*/results.json")):
+        results = read_results(path.parent)
+        kept = {}
+        for name, model in results.get("models", {}).items():
+            kept[name] = {key: model[key] for key in ("accuracy", "n", "against_base") if key in model}
+        found[path.parent.name.removeprefix("on_")] = kept
+    return found
+
+
+def finite(value):
+    """The same with None for every number that JSON does not have: infinities and NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return value

@@ -1,0 +1,223 @@
+"""Table 4: what fine-tuning made the model forget, over as many calls of `evaluate.py --benchmarks` as it
+took.
+
+A run's results.json keeps, for each model, {"scores": {column: score}, "drop": {column: drop}}. A score has
+its metrics, n and "settings", how it was asked for. The column is the benchmark's name. Where a benchmark was
+asked for in several ways, the latest one has that name, and the others say in theirs what was different.
+"""
+
+import math
+from statistics import mean
+
+from results.markdown import markdown_table, paper_row, percent, points
+from results.paper import GENERAL, PAPER_BENCHMARKS, paper_drop
+
+# ------------------------------------------------------------------------------ several calls
+
+
+def merge_benchmarks(models: dict[str, dict], earlier: dict[str, dict]) -> None:
+    """Add to each of `models` what an earlier call measured of it. What was asked for again is replaced."""
+    for name, model in models.items():
+        before = earlier.get(name, {}).get("benchmarks")
+        if not before:
+            continue
+        now = model.setdefault("benchmarks", {"scores": {}})
+        asked = dict(now["scores"])
+        for old_column, score in before["scores"].items():
+            column = column_of_earlier(old_column, score, asked)
+            if column is None:
+                continue
+            now["scores"][column] = score
+            drop = before.get("drop", {}).get(old_column)
+            if drop:
+                now.setdefault("drop", {})[column] = drop
+
+
+def column_of_earlier(column: str, score: dict, asked: dict[str, dict]) -> str | None:
+    """Where an earlier score stands beside those that were `asked` for now. None: one of them replaces it."""
+    benchmark = column.partition(",")[0]
+    if benchmark not in asked:
+        return column
+    settings = score.get("settings")
+    if settings is None or settings == asked[benchmark].get("settings"):
+        return None
+    return f"{benchmark}, {', '.join(settings_in_words(settings))}"
+
+
+def settings_in_words(settings: dict) -> list[str]:
+    words = [f"{settings['num_fewshot']}-shot"]
+    if settings["apply_chat_template"]:
+        words.append("chat template")
+    if settings["add_bos"]:
+        words.append("BOS")
+    if settings["limit"]:
+        words.append(f"{'sampled' if settings['sampled'] else 'first'} {settings['limit']}")
+    return words
+
+
+# ------------------------------------------------------------------------------ the table
+
+
+def headline(column: str, score: dict) -> float:
+    """The metric of Table 4. TruthfulQA's is the mean of mc1 and mc2, and a generated benchmark's is its
+    first.
+    """
+    if column.partition(",")[0] == "truthfulqa":
+        return score["mean"]
+    if "acc" in score:
+        return score["acc"]
+    return next(score[metric] for metric in metrics_of(score))
+
+
+def metrics_of(score: dict) -> list[str]:
+    aside = ("n", "subjects", "settings")
+    return [key for key in score if key not in aside and not key.endswith("_stderr")]
+
+
+def columns_of(models: dict[str, dict]) -> list[str]:
+    """Every column that a model has a score in, those of the base model first."""
+    columns = {}
+    for model in models.values():
+        columns |= dict.fromkeys(model["benchmarks"]["scores"])
+    return list(columns)
+
+
+def benchmarks_table(results: dict) -> str:
+    """A row for each model and each of the paper's: scores, their average over GENERAL, and the drops against
+    base.
+    """
+    models = {name: model for name, model in results["models"].items() if "benchmarks" in model}
+    columns = columns_of(models) if models else []
+    elsewhere = results.get("elsewhere", {})
+    averaged = [column for column in columns if column in GENERAL] or columns
+
+    rows = []
+    for name, model in results["models"].items():
+        measured = model.get("benchmarks", {"scores": {}})
+        others = [found.get(name) for found in elsewhere.values()]
+        if measured["scores"] or any(others):
+            rows.append([name, *score_cells(measured, columns, averaged), *elsewhere_cells(others)])
+    for method, values in (paper_row(PAPER_BENCHMARKS, results) or {}).items():
+        cells = paper_cells(results["config"]["task"], method, values, columns)
+        rows.append([f"{method} in the paper", *cells, *[""] * 2 * len(elsewhere)])
+
+    header = ["method", *columns, "average", "mean drop, points (95 % interval)", "each drop (95 % interval)"]
+    for task in elsewhere:
+        header += [f"{task} %", f"{task}: drop, points (95 % interval)"]
+    return markdown_table(header, rows)
+
+
+def score_cells(measured: dict, columns: list[str], averaged: list[str]) -> list[str]:
+    """A model's scores, their average, the mean drop against the base model, and each drop."""
+    scores, drops = measured["scores"], measured.get("drop", {})
+    cells = []
+    for column in columns:
+        cells.append(percent(headline(column, scores[column])) if column in scores else "")
+
+    average, mean_cell = "", ""
+    if all(column in scores for column in averaged):
+        average = percent(mean(headline(column, scores[column]) for column in averaged)) if averaged else ""
+        if averaged and all(column in drops for column in averaged):
+            mean_cell = points(*mean_drop([drops[column] for column in averaged]))
+    each = []
+    for column in columns:
+        if column in drops:
+            each.append(f"{column} {points(drops[column]['drop'], *drops[column]['interval'])}")
+    return [*cells, average, mean_cell, "; ".join(each)]
+
+
+def mean_drop(drops: list[dict]) -> tuple[float, float | None, float | None]:
+    """(mean of several benchmarks' drops, its 95 % interval). Their documents are independent: the variances
+    add up.
+    """
+    center = mean(drop["drop"] for drop in drops)
+    squares = 0.0
+    for drop in drops:
+        low, high = drop["interval"]
+        if low is None or high is None or math.isinf(high):
+            return center, None, None  # of a single document
+        squares += ((high - low) / 2) ** 2
+    half = math.sqrt(squares) / len(drops)
+    return center, center - half, center + half
+
+
+def elsewhere_cells(others: list[dict | None]) -> list[str]:
+    """Accuracy on another task that the models were not trained on, and how far it fell below the base
+    model's.
+    """
+    cells = []
+    for other in others:
+        against = other.get("against_base") if other else None
+        cells.append(percent(other["accuracy"]) if other else "")
+        if against:
+            low, high = against["interval"]
+            cells.append(points(-against["difference"], -high, -low))
+        else:
+            cells.append("")
+    return cells
+
+
+def paper_cells(task: str, method: str, values: tuple, columns: list[str]) -> list[str]:
+    """The paper's scores. Its average and drop are those it prints, and stand only beside all four
+    benchmarks.
+    """
+    by_name = dict(zip(GENERAL, values, strict=False))
+    cells = [str(by_name.get(column, "")) for column in columns]
+    if not all(name in columns for name in GENERAL):
+        return [*cells, "", "", ""]
+    drop = "" if method == "base" else f"{paper_drop(task, method):.1f}"
+    return [*cells, str(values[-1]), drop, ""]
+
+
+# ------------------------------------------------------------------------------ how it was asked
+
+
+def settings_table(models: dict[str, dict]) -> str:
+    """n, shots, template, BOS and limit of every column."""
+    rows = []
+    for column in columns_of(models):
+        score = next(model["benchmarks"]["scores"][column] for model in models.values()
+                     if column in model["benchmarks"]["scores"])
+        settings = score.get("settings")
+        asked = ["not recorded"] * 4
+        if settings:
+            limit = "all"
+            if settings["limit"]:
+                limit = f"{'sampled' if settings['sampled'] else 'first'} {settings['limit']}"
+            template = "yes" if settings["apply_chat_template"] else "no"
+            bos = "yes" if settings["add_bos"] else "no"
+            asked = [str(settings["num_fewshot"]), template, bos, limit]
+        rows.append([column, str(score["n"]), *asked])
+    return markdown_table(["benchmark", "n", "shots", "chat template", "BOS", "documents of each task"], rows)
+
+
+def scores_table(scores: dict) -> str:
+    """Every metric of every benchmark with its standard error."""
+    rows = []
+    for column, score in scores.items():
+        for metric in metrics_of(score):
+            error = percent(score.get(f"{metric}_stderr"))
+            rows.append([column, metric, percent(score[metric]), error, str(score["n"])])
+    return markdown_table(["benchmark", "metric", "%", "standard error", "n"], rows)
+
+
+def benchmarks_section(results: dict) -> list[str]:
+    """Table 4 with what a reader must know of it. Empty where nothing was measured."""
+    models = {name: model for name, model in results["models"].items() if "benchmarks" in model}
+    if not models and not results.get("elsewhere"):
+        return []
+    parts = ["## General benchmarks (Table 4)", benchmarks_table(results)]
+    halves = []
+    for name, model in models.items():
+        found = model["benchmarks"]["scores"].get("truthfulqa")
+        if found:
+            halves.append(f"{name} {percent(found['mc1'])} and {percent(found['mc2'])}")
+    if halves:
+        parts.append(f"`truthfulqa` is the mean of mc1 and mc2 ({', '.join(halves)}).")
+    parts.append(
+        "Drops: against the base model, on the same documents, intervals of paired differences. Average and mean "
+        "drop are over the paper's four benchmarks, or those of them that are there. The paper's average and drop "
+        "are those it prints.")
+    if models:
+        parts.append(settings_table(models))
+    return parts

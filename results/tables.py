@@ -1,0 +1,204 @@
+"""The paper's Tables 2 and 3 and their relatives, of one run's results.json; and several runs in the paper's
+Tables 2 to 4.
+
+    python -m results.tables runs/gsm8k runs/mbpp runs/nq --out tables.md
+"""
+
+import argparse
+from pathlib import Path
+
+from results.markdown import markdown_table, paper_row, percent, points, shown
+from results.paper import (
+    PAPER_ACCURACY,
+    PAPER_CYCLE_MINUTES,
+    PAPER_PREDICTION_MINUTES,
+    PAPER_SOURCES,
+    PAPER_TRAINING_MINUTES,
+)
+from results.run_files import BRANCHES, read_elsewhere, read_results
+from results.table_4 import benchmarks_section
+from support.cli import InputError, exit_cleanly, one_line_error
+from support.files import write_text
+
+# ------------------------------------------------------------------------------ one run
+
+
+def accuracy_table(results: dict) -> str:
+    """Table 2: accuracy with its interval, and each method against SFT on the same rows."""
+    paper = paper_row(PAPER_ACCURACY, results) or {}
+    rows = [accuracy_row(name, model, paper) for name, model in results["models"].items()]
+    header = ["accuracy %", "95 % interval", "against SFT", "drift general", "drift task", "training min", "paper %"]
+    return markdown_table(["method", *header], rows)
+
+
+def accuracy_row(name: str, model: dict, paper: dict) -> list[str]:
+    low, high = model["interval"]
+    versus = model.get("against_sft")
+    training = model.get("training", {})
+    drift = model.get("drift")
+    minutes = training.get("minutes")
+    return [
+        name,
+        percent(model["accuracy"]),
+        f"{percent(low)} to {percent(high)}",
+        f"{100 * versus['difference']:+.1f} (p = {versus['p']:.2g})" if versus else "",
+        f"{drift['general']:.4f}" if drift else "0.0000",
+        f"{drift['task']:.4f}" if drift else "0.0000",
+        "" if minutes is None else f"{minutes:.1f}",
+        shown(paper.get(training.get("method", name))),
+    ]
+
+
+def sources_table(results: dict) -> str:
+    """Table 3: where the training targets come from."""
+    rows = []
+    for name, model in results["models"].items():
+        if "training" in model:
+            rows.append([name, *source_cells(model["training"]["sources"])])
+    paper = paper_row(PAPER_SOURCES, results)
+    if paper:
+        rows.append(["s3ft in the paper", "", *map(str, paper)])
+    return markdown_table(["method", "rows", *SOURCES_HEADER], rows)
+
+
+SOURCES_HEADER = ["model responses %", "gold paraphrases %", "gold responses %"]
+
+
+def source_cells(sources: dict[str, int]) -> list[str]:
+    """The number of rows and the share of each source. Empty cells: an older run did not record them."""
+    n = sum(sources.values())
+    if not n:
+        return [""] * (1 + len(BRANCHES))
+    cells = [percent(sources.get(source, 0) / n) for source in BRANCHES]
+    others = [f"{percent(sources[kind] / n)} {kind}" for kind in sources if kind not in BRANCHES]
+    return [f"{n} (of which {', '.join(others)})" if others else str(n), *cells]
+
+
+def reading_table(results: dict) -> str:
+    """SSR's setting: answerable and unanswerable rows apart, and together."""
+    metrics = ("exact", "f1", "recall", "modified_recall", "answerability")
+    rows = []
+    for name, model in results["models"].items():
+        for group, scores in model["reading"].items():
+            cells = [percent(scores[metric]) for metric in metrics]
+            rows.append([name, group, str(scores["n"]), *cells, f"{scores['words']:.1f}"])
+    header = ["exact match %", "F1 %", "recall %", "modified recall %", "answerability %"]
+    return markdown_table(["method", "rows", "n", *header, "words"], rows)
+
+
+def harness_table(results: dict) -> str:
+    rows = []
+    for name, model in results["models"].items():
+        rows.append([name, percent(model["harness"]["strict"]), percent(model["harness"]["flexible"])])
+    return markdown_table(["method", "strict %", "flexible %"], rows)
+
+
+def training_table(results: dict) -> str:
+    rows = []
+    for name, model in results["models"].items():
+        training = model.get("training")
+        if training:
+            fields = ("steps", "step", "tokens_per_second", "peak_memory_gib")
+            cells = [shown(training[field]) for field in fields]
+            rows.append([name, percent(training["validation"]), *cells])
+    header = ["method", "validation %", "steps", "best step", "tokens/s", "peak memory of training GiB"]
+    return markdown_table(header, rows)
+
+
+def costs_table(results: dict) -> str:
+    """What D', training and evaluation cost, the paper's minutes beside it."""
+    paper = {"train": f"at most {PAPER_TRAINING_MINUTES}"}
+    minutes = paper_row(PAPER_PREDICTION_MINUTES, results)
+    if minutes:
+        paper["predict"] = str(minutes)
+    rows, seconds = [], 0.0
+    for row in results["costs"]:
+        seconds += row["seconds"]
+        cells = [str(row["calls"]), str(row["tokens"]), f"{row['seconds'] / 60:.1f}"]
+        rows.append([row["stage"], row["model"], *cells, paper.get(row["stage"], "")])
+    whole = f"at most {PAPER_CYCLE_MINUTES} for one method"
+    rows.append(["all of these", "", "", "", f"{seconds / 60:.1f}", whole])
+    return markdown_table(["stage", "model", "calls", "tokens", "minutes", "the paper's minutes"], rows)
+
+
+# ------------------------------------------------------------------------------ several runs
+
+
+def read_run(run: Path) -> dict:
+    results = read_results(run)
+    if "models" not in results or "config" not in results:
+        raise InputError(f"{run}: no results.json of a run there; give python evaluate.py --out {run} first")
+    return results | {"elsewhere": read_elsewhere(run)}
+
+
+def merged_tables(runs: dict[str, dict]) -> str:
+    """Several runs (folder -> results) as the paper's Tables 2 to 4, in one Markdown page."""
+    parts = ["# Tables 2 to 4 of the paper, and ours"]
+    lines = []
+    for folder, results in runs.items():
+        machine = results["machine"]
+        config = results["config"]
+        lines.append(f"- {folder}: {config['task']}, {config['model']}, {machine['date']}, {machine['device']}, "
+                     f"{results['models']['base']['n']} test rows")
+    parts.append("\n".join(lines))
+    parts += ["## Table 2: in-domain accuracy", merged_accuracy(runs)]
+    parts += ["## Table 3: where the training targets come from", merged_sources(runs)]
+    for folder, results in runs.items():
+        section = benchmarks_section(results)
+        if section:
+            parts += [f"## Table 4, trained on {results['config']['task']} ({folder})", *section[1:]]
+    return "\n\n".join(parts) + "\n"
+
+
+def merged_accuracy(runs: dict[str, dict]) -> str:
+    """A row for each model, a column for each run and one for the paper's value beside it."""
+    names = {}
+    for results in runs.values():
+        names |= dict.fromkeys(results["models"])
+    rows = []
+    for name in names:
+        cells = []
+        for results in runs.values():
+            model = results["models"].get(name)
+            if not model:
+                cells += ["", ""]
+                continue
+            paper = paper_row(PAPER_ACCURACY, results) or {}
+            method = model.get("training", {}).get("method", name)
+            cells += [points(model["accuracy"], *model["interval"]), shown(paper.get(method))]
+        rows.append([name, *cells])
+
+    header = ["method"]
+    for folder, results in runs.items():
+        header += [f"{results['config']['task']} % ({folder}), 95 % interval", "paper %"]
+    return markdown_table(header, rows)
+
+
+def merged_sources(runs: dict[str, dict]) -> str:
+    rows = []
+    for results in runs.values():
+        task = results["config"]["task"]
+        for name, model in results["models"].items():
+            if "training" in model:
+                rows.append([task, name, *source_cells(model["training"]["sources"])])
+        paper = paper_row(PAPER_SOURCES, results)
+        if paper:
+            rows.append([task, "s3ft in the paper", "", *map(str, paper)])
+    return markdown_table(["trained on", "method", "rows", *SOURCES_HEADER], rows)
+
+
+def main(argv=None) -> None:
+    about = "Several runs in the paper's Tables 2 to 4."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser.error = one_line_error
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that evaluate.py measured")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there too")
+    args = parser.parse_args(argv)
+    text = merged_tables({str(run): read_run(run) for run in args.runs})
+    if args.out:
+        write_text(args.out, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
