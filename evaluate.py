@@ -32,7 +32,7 @@ import torch
 import transformers
 
 import lora
-from answers import Limits, announce_sandbox, judge_answers, respond
+from answers import Limits, announce_sandbox, fingerprint, judge_answers, respond
 from data import EXAMPLES, Example, Task, prompt
 from engine.chat import training_ids
 from engine.drift import kl_drift
@@ -40,6 +40,7 @@ from engine.model import load_model, peak_memory_gib
 from engine.packed import token_log_probs
 from results import run_files
 from results.audit import audit
+from results.config import Machine
 from results.reading_scores import reading_scores
 from results.report import write_benchmark_report, write_report
 from results.request import Alone, Evaluation, config_of, read_command_line
@@ -65,7 +66,7 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     config = config_of(evaluation)
     task, (train_rows, validation_rows, test_rows) = task_of(config, machine.data)
     announce_sandbox(task, machine.sandbox)
-    model, tokenizer = load_model(config["model"], machine.device, config["dtype"], machine.trust_remote_code)
+    model, tokenizer = load_base_model(config, machine)
     measure = Measure(model, tokenizer, task, test_rows, evaluation)
 
     # 1. The base model, before an adapter is in it.
@@ -100,6 +101,21 @@ def evaluate_run(evaluation: Evaluation) -> dict:
         results["elsewhere"] = run_files.read_elsewhere(run)
     results["machine"]["peak_memory_gib"] = peak_memory_gib()
     return run_files.finite(results)
+
+
+def load_base_model(config: dict, machine: Machine):
+    """(model, tokenizer) of a run, with the chat template as it was. InputError: its weights are others now."""
+    model, tokenizer = load_model(
+        config["model"],
+        machine.device,
+        config["dtype"],
+        machine.trust_remote_code,
+        chat_template_kwargs=config["chat_template_kwargs"],
+        date=config["date"],
+    )
+    if config["weights"] not in (None, fingerprint(model)):
+        raise InputError(f"{config['model']}: not the weights that the run was begun with; put those back")
+    return model, tokenizer
 
 
 def load_adapter(model, folder: Path) -> None:
@@ -230,9 +246,9 @@ def score_benchmarks(model, tokenizer, asked: Evaluation | Alone, folder: Path) 
 
 
 def kept_drift(model, tokenizer, dialogues: dict[str, list], path: Path) -> dict[str, float]:
-    """kl_drift over every kind of dialogues, kept in `path` with a digest of them."""
+    """kl_drift over every kind of dialogues, kept in `path` with a digest of them and of the model."""
     kept = read_json(path) if path.exists() else {}
-    made_of = digest(dialogues)
+    made_of = digest(dialogues, fingerprint(model))
     if kept.get("digest") != made_of:
         kept = {"digest": made_of}
         for kind, turns in dialogues.items():
@@ -262,7 +278,7 @@ def show(evaluation: Evaluation) -> str:
     """The text of `--show ID`: a training row's way through the three branches."""
     config, machine = config_of(evaluation), evaluation.machine
     task, (train_rows, _, _) = task_of(config, machine.data)
-    model, tokenizer = load_model(config["model"], machine.device, config["dtype"], machine.trust_remote_code)
+    model, tokenizer = load_base_model(config, machine)
     score = log_prob_function(model, tokenizer, task)
     texts = TrainingTexts(task, train_rows, evaluation.run, config["keep_unfinished"])
     return describe(texts.example(evaluation.show, score))
@@ -270,8 +286,8 @@ def show(evaluation: Evaluation) -> str:
 
 def audit_run(evaluation: Evaluation) -> str:
     """The text of `--audit N`: what to mark, or how well the judge agrees with people."""
-    _, (train_rows, _, _) = task_of(config_of(evaluation), evaluation.machine.data)
-    return audit(evaluation.run, train_rows, evaluation.audit)
+    _, (train_rows, _, test_rows) = task_of(config_of(evaluation), evaluation.machine.data)
+    return audit(evaluation.run, train_rows, evaluation.audit, test_examples=test_rows)
 
 
 # ------------------------------------------------------------------------------ a model on its own
