@@ -27,7 +27,7 @@ from tqdm import tqdm
 from engine.likelihood import Encoder, Option, can_share, log_likelihoods, max_length, trial
 from support import ranks
 from support.cli import InputError
-from support.files import RowFile, line_numbers, read_json, write_json
+from support.files import RowFile, digest, line_numbers, read_json, write_json
 from tasks.hellaswag import HELLASWAG
 from tasks.mmlu import MMLU, MMLU_SHOTS
 from tasks.rows import read_counted
@@ -72,6 +72,11 @@ class Document:
     @property
     def task(self) -> str:
         return self.row.get("subject", self.benchmark)
+
+    @property
+    def digest(self) -> str:
+        """Of what the model is asked. It changes where the row, or our prompt, is edited."""
+        return digest([[x.description, x.shots, x.context, x.continuation] for x in self.options])
 
 
 # -------------------------------------------------------------------------------- rows -> documents
@@ -165,6 +170,9 @@ def score(
     longest = max_length(model, tokenizer)
     encoder = Encoder(tokenizer, longest, scoring.apply_chat_template, scoring.add_bos)
     file = RowFile(path, key=document_of)
+    for key, document in wanted.items():
+        if key in file.rows and file.rows[key].get("digest", document.digest) != document.digest:
+            del file.rows[key]  # it answers another question, and is scored anew
     missing = [wanted[key] for key in file.missing(wanted)]
     for sample in scored(model, encoder, missing):
         file.append(sample)
@@ -249,7 +257,7 @@ def requests_of(encoder: Encoder, document: Document) -> list:
 
 def sample_of(document: Document, scores: list[float]) -> dict:
     """What is kept of a scored document."""
-    sample = {"benchmark": document.benchmark, "index": document.index}
+    sample = {"benchmark": document.benchmark, "index": document.index, "digest": document.digest}
     if document.benchmark == "mmlu":
         sample["subject"] = document.task
     sample["log_likelihoods"] = scores
