@@ -57,6 +57,7 @@ FENCE = re.compile(
     r"^ {0,3}(?P<marks>```+|~~~+)[^\n`]*(?:\n|\Z)(?P<code>.*?)(?:^ {0,3}(?P=marks)|(?P=marks)\s*\Z|\Z)",
     re.MULTILINE | re.DOTALL,
 )
+CLOSING_FENCE = re.compile(r"```+\s*\Z")  # at the end of the last line
 DEFINITION = re.compile(
     r"^[ \t]*(?:async[ \t]+)?(?:def[ \t]+(\w+)[ \t]*[(\[]|class[ \t]+(\w+)[ \t]*[(:\[])|^(\w+)[ \t]*=(?!=)",
     re.MULTILINE,
@@ -114,7 +115,7 @@ def fenced_parts(text: str) -> list[str]:
     """The programs that a text may hold, at least one: that before the fences, then those inside."""
     fences = list(FENCE.finditer(text))
     if not fences:
-        return [text]
+        return [CLOSING_FENCE.sub("", text)]
     parts = [fence["code"] for fence in fences if fence["code"].strip()]
     before = text[: fences[0].start()]
     stray = not fences[0]["code"].strip()  # the end of a fence that was opened in the prompt
@@ -214,6 +215,7 @@ CALLS_WRONG = re.compile(
     (?<! not\s ) (?<! n['’]t\s ) (?<! nothing\s )
         \b (?: wrong|incorrect|inaccurate|mistaken|erroneous|untrue ) \b
   | (?: \b not | n['’]t ) \s+ (?: \w+ \s+ )? (?: correct|right|accurate|match|equivalent ) \b
+  | \b true \s+ that \b .* (?: \b not? \b | n['’]t \b | differ|fail|contradict|mismatch|lack|disagree )
     """,
     re.VERBOSE | re.IGNORECASE,
 )

@@ -2,11 +2,11 @@
 
     W' = W + (alpha / r) B A          (Hu et al. 2022, section 4.1)
 
-Covered: each `nn.Linear` of a Hugging Face model except its output head, one adapter at a time, and rsLoRA's
-scale on loading.
-Not covered: embeddings, Conv1D (GPT-2), the output head, biases, DoRA, a rank or alpha that differs between
-layers. What is not covered is refused with a ValueError of one line. A refused call leaves the model as it
-was.
+Covered: each plain `nn.Linear` of a Hugging Face model except its output head, one adapter at a time, and
+rsLoRA's scale on loading.
+Not covered: embeddings, Conv1D (GPT-2), routers and fused experts, the output head, biases, DoRA, a rank or
+alpha that differs between layers. What is not covered is refused with a ValueError of one line. A refused
+call leaves the model as it was.
 
 Differences from the LoRA paper:
 1. A starts Kaiming-uniform (a = sqrt 5), as in the authors' code and in PEFT. The paper says Gaussian. B
@@ -18,12 +18,17 @@ Differences from the LoRA paper:
    exact to the bit and `disabled` works on a merged model too. The price is a second copy of each adapted
    weight. `train()` and `eval()` switch dropout and nothing else.
 
+An adapter is for the class that AutoModelForCausalLM gives a checkpoint. Other classes of the same checkpoint
+(...ForConditionalGeneration) give their layers other names, so that PEFT would put nothing into them there.
+
 Three parts: LoRA itself, PEFT's files, a dropout for the CPU. A reader of LoRA can stop after the first.
 """
 
+import copy
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +40,8 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Module):
-    """x -> base(x) + scale B A dropout(x), for x `[..., in]` and a result `[..., out]`.
+    """x -> base(x) + scale B A dropout(x), for x `[..., in]` and a result `[..., out]`, in place of
+    nn.Linear.
 
     `base` is the frozen layer, `lora_A` is `[r, in]`, `lora_B` is `[out, r]`. For the backward pass the
     frozen product keeps only its weight, and the update keeps dropout(x), the dropout mask and the `[..., r]`
@@ -67,6 +73,27 @@ class LoRALinear(nn.Module):
         h = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scale  # [..., r], cheapest to scale
         return self.base(x) + F.linear(h, self.lora_B.to(h.dtype))  # [..., out]
 
+    # Code that reads the weight instead of calling the layer gets W, or W' while merged: without the update
+    # it computes what the base model computes, and A and B get no gradient there.
+
+    @property
+    def weight(self) -> Tensor:
+        if self.merged is not None and self.enabled:
+            return self.merged
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
 
 def inject(
     model: nn.Module,
@@ -78,9 +105,9 @@ def inject(
 ) -> list[str]:
     """Freeze the model and put LoRA beside each `nn.Linear` whose name is, or ends with, a target module.
 
-    "all-linear" means every `nn.Linear` except the output head, as in PEFT. A depends on `seed` alone,
-    whatever the device (None: on torch's global random state). Returns the adapted names.
-    ValueError: LoRA is in already, or a target matches nothing.
+    "all-linear" means every plain `nn.Linear` except the output head (`left_out` names what is not plain). A
+    depends on `seed` alone, whatever the device (None: on torch's global random state).
+    Returns the adapted names. ValueError: LoRA is in already, or a target matches nothing.
     """
     if layers(model):
         raise ValueError("the model has LoRA layers already: call lora.remove(model) first")
@@ -180,12 +207,32 @@ def select(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
     raise ValueError(f"{wrong}; {kind}: {', '.join(_short_names(available)) or 'none'}")
 
 
+def left_out(model: nn.Module) -> list[str]:
+    """The linear layers that "all-linear" leaves out, beside the head: those with a forward of their own.
+
+    Routers of mixtures of experts are such: they return more than W x, so that nothing can be added to it.
+    """
+    head = _head(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return [name for name, module in linears.items() if module is not head and not _is_plain(module)]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    if hasattr(model, "get_output_embeddings"):
+        return model.get_output_embeddings()
+    return None
+
+
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Name -> the `nn.Linear` there, the frozen one where LoRA is in.
+    """Name -> the plain `nn.Linear` there, the frozen one where LoRA is in.
 
     The output head is left out, because its weight may be the embedding's.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _head(model)
     adapted = layers(model)
     frozen = {layer.base for layer in adapted.values()}  # named_modules lists them again, inside LoRA layers
 
@@ -193,7 +240,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     for name, module in model.named_modules():
         if name in adapted:
             found[name] = module.base
-        elif isinstance(module, nn.Linear) and module is not head and module not in frozen:
+        elif _is_plain(module) and module is not head and module not in frozen:
             found[name] = module
     return found
 
@@ -310,6 +357,65 @@ def load(model: nn.Module, folder: str | os.PathLike, trainable: bool = False) -
     for parameter in _tensors(model).values():
         parameter.requires_grad_(trainable)
     return names
+
+
+def check_saved(model: nn.Module, folder: str | os.PathLike) -> str:
+    """Load the adapter in `folder` with PEFT, and compare it with the model's, tensor by tensor.
+
+    Returns "" where they are equal or there is no PEFT, otherwise one line. PEFT loads it onto a copy of the
+    model whose weights are all one number, which costs no memory. In mixtures of experts PEFT 0.21 takes
+    layers named gate_proj, up_proj or down_proj for old names of experts, also where they belong to a dense
+    layer or a shared expert. Their tensors are dropped with no more than a warning.
+    """
+    try:
+        theirs = _layers_in_peft(model, folder)
+    except ImportError:
+        return ""
+    except Exception as error:  # whatever PEFT raises over layers that it does not take
+        wrong = f"PEFT cannot load this adapter ({' '.join(str(error).split())[:200]})"
+    else:
+        ours = layers(model)
+        differ = [name for name in ours if name not in theirs or not _same_update(ours[name], theirs[name])]
+        differ += [name for name in theirs if name not in ours and _has_update(theirs[name])]
+        if not differ:
+            return ""
+        wrong = f"PEFT loads {len(differ)} layers of this adapter wrongly or not at all, such as {differ[0]}"
+    return f"{folder}: {wrong}. lora.load reads it whole, and lora.merge with lora.remove makes a plain model"
+
+
+def _layers_in_peft(model: nn.Module, folder: str | os.PathLike) -> dict[str, nn.Module]:
+    """Module name -> PEFT's LoRA layer there, after PEFT has loaded the adapter onto a copy without
+    weights."""
+    import peft
+
+    with torch.device("meta"):
+        bare = type(model)(copy.deepcopy(model.config))
+    for module in bare.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            one_number = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+            module.register_parameter(name, nn.Parameter(one_number, requires_grad=False))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(bare, str(folder), torch_device="cpu")
+    found = {}
+    for name, module in loaded.base_model.model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            found[name] = module
+    return found
+
+
+def _same_update(layer: LoRALinear, other: nn.Module) -> bool:
+    """Has PEFT's layer the same A, B and scale?"""
+    if "default" not in other.lora_A or other.scaling["default"] != layer.scale:
+        return False
+    same_a = torch.equal(other.lora_A["default"].weight.cpu(), layer.lora_A.cpu())
+    return same_a and torch.equal(other.lora_B["default"].weight.cpu(), layer.lora_B.cpu())
+
+
+def _has_update(other: nn.Module) -> bool:
+    """Has PEFT's layer got tensors? Where it got none, its B stays 0."""
+    return bool(other.lora_B["default"].weight.any())
 
 
 def _check_fit(

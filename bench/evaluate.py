@@ -1,5 +1,4 @@
-"""Documents a second of our log-likelihood scoring and of lm-evaluation-harness, on the same documents and
-model.
+"""Documents a second of our log-likelihood scoring, and of lm-evaluation-harness on the same documents.
 
 Both go from rows to metrics. Reading files and loading the model are left out. (So is the harness's own
 cleaning of HellaSwag's rows, which it does while it reads them. Ours is timed.) The sides take turns in one
@@ -10,8 +9,8 @@ HellaSwag's documents are spread over the file. MMLU's are the first ones of a f
 as a subject needs to be worth its shots. The largest difference between the two sides' log-likelihoods stands
 beside.
 
-pip install lm-eval==0.4.13 accelerate python -m bench.evaluate --model models/SmolLM2-135M-Instruct --data
-data --out runs/bench
+    pip install lm-eval==0.4.13 accelerate
+    python -m bench.evaluate --model models/SmolLM2-135M-Instruct --data data --out runs/bench
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Does the claim hold on a small open model? Five methods, three seeds, on XQuAD reading comprehension.
 
-python -m bench.study --xquad data/xquad/xquad.en.json --out runs/study    the runs, then the report python -m
-bench.study --report-only                                        the report alone
+    python -m bench.study --xquad data/xquad/xquad.en.json --out runs/study    the runs, then the report
+    python -m bench.study --report-only                                        the report alone
 
 Rows: the first 36 of XQuAD's English articles. Train, validation and test are apart by article, and a quarter
 of the questions is made unanswerable by a context of another article. Judge: every word of the gold in at

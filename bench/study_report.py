@@ -91,9 +91,9 @@ def seeds_of(results: dict) -> dict[str, list[dict]]:
 # --------------------------------------------------------------------------------------- rows and differences
 
 
-def row_means(models: list[dict], values_of) -> list[float]:
+def row_means(models: list[dict], rows_of) -> list[float]:
     """Each row's (or document's) mean over the seeds."""
-    by_model = [values_of(model) for model in models]
+    by_model = [rows_of(model) for model in models]
     return [mean(values) for values in zip(*by_model, strict=True)]
 
 
@@ -140,14 +140,27 @@ def average_difference(models: list[dict], others: list[dict]) -> str:
 
 def mean_and_each(values: list[float], digits: int = 1) -> str:
     """The mean over the seeds, and each seed's value."""
-    text = f"{mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += " (" + ", ".join(f"{value:.{digits}f}" for value in values) + ")"
-    return text
+    center = f"{mean(values):.{digits}f}"
+    if len(values) == 1:
+        return center
+    each = ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{center} ({each})"
+
+
+def values_of(models: list[dict], *keys: str) -> list[float]:
+    """What results.json has under these keys, for every seed."""
+    found = []
+    for model in models:
+        value = model
+        for key in keys:
+            value = value[key]
+        found.append(value)
+    return found
 
 
 def accuracies(models: list[dict]) -> list[float]:
-    return [100 * model["accuracy"] for model in models]
+    """In percent, for every seed."""
+    return [100 * accuracy for accuracy in values_of(models, "accuracy")]
 
 
 def retained(model: dict) -> float:
@@ -170,9 +183,9 @@ def accuracy_table(methods: dict) -> str:
             row += ["", "", ""]
         else:
             row += [
-                mean_and_each([model["drift"]["general"] for model in models], 3),
-                mean_and_each([model["drift"]["task"] for model in models], 3),
-                mean_and_each([model["training"]["minutes"] for model in models]),
+                mean_and_each(values_of(models, "drift", "general"), digits=3),
+                mean_and_each(values_of(models, "drift", "task"), digits=3),
+                mean_and_each(values_of(models, "training", "minutes")),
             ]
         rows.append(row)
     header = [
@@ -209,9 +222,9 @@ def reading_table(methods: dict) -> str:
     for name, models in methods.items():
         row = [name]
         for group, metric in columns:
-            value = mean(model["reading"][group][metric] for model in models)
+            value = mean(values_of(models, "reading", group, metric))
             row.append(f"{100 * value:.1f}")
-        words = mean(model["reading"]["answerable"]["words"] for model in models)
+        words = mean(values_of(models, "reading", "answerable", "words"))
         rows.append([*row, f"{words:.1f}"])
     header = [f"{group}: {metric.replace('_', ' ')} %" for group, metric in columns]
     return markdown_table(["method", *header, "words an answer"], rows)
@@ -224,8 +237,10 @@ def sources_table(methods: dict) -> str:
             continue
         counts = models[0]["training"]["sources"]
         total = sum(counts.values())
-        shares = [f"{100 * counts[source] / total:.1f}" for source in SOURCES]
-        rows.append([name, str(total), *shares])
+        row = [name, str(total)]
+        for source in SOURCES:
+            row.append(f"{100 * counts[source] / total:.1f}")
+        rows.append(row)
     for task, shares in PAPER_SOURCES.items():
         rows.append([f"s3ft in the paper, {task}", "", *map(str, shares)])
     header = ["method", "rows", "model responses %", "gold paraphrases %", "gold responses %"]
@@ -269,8 +284,8 @@ def choices_table(results: dict) -> str:
     rows = []
     for name, model in {"as above": plain, **results["choices"]}.items():
         beside = "" if model is plain else difference(verdicts(model), verdicts(plain))
-        drift = [f"{model['drift'][kind]:.3f}" for kind in ("general", "task")]
-        rows.append([name, f"{100 * model['accuracy']:.1f}", beside, *drift])
+        general, task = model["drift"]["general"], model["drift"]["task"]
+        rows.append([name, f"{100 * model['accuracy']:.1f}", beside, f"{general:.3f}", f"{task:.3f}"])
     header = ["S3FT, seed 0", "accuracy %", "against the first row", "drift, general", "drift, task"]
     return markdown_table(header, rows)
 

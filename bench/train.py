@@ -1,5 +1,4 @@
-"""Useful tokens a second and peak memory of a LoRA training step: ours, peft in a plain loop, trl's
-SFTTrainer.
+"""Speed and peak memory of a LoRA training step: ours, peft in a plain loop, trl's SFTTrainer.
 
 Every side trains the same model on the same rows in the same batches, each round in a process of its own (so
 that its peak memory is its own). The sides take turns, and medians are compared. One step warms up, the
@@ -10,8 +9,8 @@ The limit is the step's matrix products alone, forward and back to the inputs (f
 gradient), the head at target tokens only, at this machine's measured rate for 512 rows at a time. A shared
 prefix computes fewer tokens. So it has no share of the limit.
 
-python -m bench.train --model models/SmolLM2-135M-Instruct --out runs/bench python -m bench.train --shape
-mistral-7b --out runs/bench       random weights, for a GPU (shapes.py)
+    python -m bench.train --model models/SmolLM2-135M-Instruct --out runs/bench
+    python -m bench.train --shape mistral-7b --out runs/bench       random weights, for a GPU (shapes.py)
 """
 
 import argparse

@@ -21,6 +21,7 @@ RUN/audit.jsonl keeps it, with the row number as the key, so the sheet may be so
 
 import csv
 import io
+import operator
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ YES_OR_NO = dict.fromkeys(YES, True) | dict.fromkeys(NO, False)
 LIKERT = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4}
 LIKERT_RIGHT = 3  # the first mark that means yes
 PAPER = "the paper's human study: 96 % of 50 responses to GSM8K, 86 % of 200 to NQ judged as people do"
-HOW_TO_FILL = "fill the column human with yes or no (likert, human2: if you like), then give the command again"
+HOW_TO_FILL = "fill the column human with yes or no (likert, human2 if you like), then give the command again"
 
 
 def audit(
@@ -187,31 +188,32 @@ def score(marked: dict[int, dict], drawn: dict[int, dict]) -> dict:
 
     `marked`: row number -> its marks, all with `human`. `drawn`: row number -> its kind and verdict.
     """
-    judge = [drawn[number]["accepted"] for number in marked]
-    human = [mark["human"] for mark in marked.values()]
+    judge, human, kinds = [], [], {}
+    likert = {"accepted": [], "rejected": []}
+    first, second = [], []  # the two people, on the rows that both marked
+    for number, mark in marked.items():
+        accepted = drawn[number]["accepted"]
+        judge.append(accepted)
+        human.append(mark["human"])
+        verdicts_of_kind, marks_of_kind = kinds.setdefault(drawn[number]["kind"], ([], []))
+        verdicts_of_kind.append(accepted)
+        marks_of_kind.append(mark["human"])
+        if mark["likert"] is not None:
+            likert["accepted" if accepted else "rejected"].append(mark["likert"])
+        if mark["human2"] is not None:
+            first.append(mark["human"])
+            second.append(mark["human2"])
+
     result = compare(judge, human)
-
     result["kinds"] = {}
-    for kind in sorted({drawn[number]["kind"] for number in marked}):
-        of_kind = [number for number in marked if drawn[number]["kind"] == kind]
-        same = sum(drawn[number]["accepted"] == marked[number]["human"] for number in of_kind)
-        result["kinds"][kind] = rate(same, len(of_kind))
-
+    for kind in sorted(kinds):
+        result["kinds"][kind] = agreement(*kinds[kind])
     result["likert"] = {}
-    for name, verdict in (("accepted", True), ("rejected", False)):
-        found = []
-        for number, mark in marked.items():
-            if drawn[number]["accepted"] is verdict and mark["likert"] is not None:
-                found.append(mark["likert"])
-        result["likert"][name] = {"n": len(found), "mean": mean(found) if found else None}
-
-    both = [mark for mark in marked.values() if mark["human2"] is not None]
+    for name, given in likert.items():
+        result["likert"][name] = {"n": len(given), "mean": mean(given) if given else None}
     result["raters"] = None
-    if both:
-        first = [mark["human"] for mark in both]
-        second = [mark["human2"] for mark in both]
-        same = sum(a == b for a, b in zip(first, second, strict=True))
-        result["raters"] = {"agreement": rate(same, len(both)), "kappa": kappa(first, second)}
+    if second:
+        result["raters"] = {"agreement": agreement(first, second), "kappa": kappa(first, second)}
     return result
 
 
@@ -221,16 +223,21 @@ def compare(judge: list[bool], human: list[bool]) -> dict:
     false_accept: of the responses that the person calls wrong, the share that the judge accepted.
     false_reject: of the right ones, the share that it rejected.
     """
-    pairs = list(zip(judge, human, strict=True))
-    verdicts_on_wrong = [accepted for accepted, right in pairs if not right]
-    verdicts_on_right = [accepted for accepted, right in pairs if right]
+    verdicts_on_wrong, verdicts_on_right = [], []
+    for accepted, right in zip(judge, human, strict=True):
+        (verdicts_on_right if right else verdicts_on_wrong).append(accepted)
     return {
-        "n": len(pairs),
-        "agreement": rate(sum(accepted == right for accepted, right in pairs), len(pairs)),
+        "n": len(judge),
+        "agreement": agreement(judge, human),
         "kappa": kappa(judge, human),
         "false_accept": rate(verdicts_on_wrong.count(True), len(verdicts_on_wrong)),
         "false_reject": rate(verdicts_on_right.count(False), len(verdicts_on_right)),
     }
+
+
+def agreement(a: list[bool], b: list[bool]) -> dict:
+    """How often the two say the same, as a rate."""
+    return rate(sum(map(operator.eq, a, b)), len(a))
 
 
 def rate(count: int, n: int) -> dict:
@@ -247,13 +254,12 @@ def report(result: dict, drawn: int) -> str:
     for kind, found in result["kinds"].items():
         lines.append(f"agreement on {kind}: {rate_text(found)}")
 
-    accepted, rejected = result["likert"]["accepted"], result["likert"]["rejected"]
-    for name, found in (("accepted", accepted), ("rejected", rejected)):
+    for name, found in result["likert"].items():
         if found["n"]:
             lines.append(f"mean mark (0 to 4) of {name} responses: {found['mean']:.2f} (n = {found['n']})")
     if result["raters"]:
-        agreement, between = result["raters"]["agreement"], result["raters"]["kappa"]
-        lines.append(f"the two people agree: {rate_text(agreement)}; Cohen's kappa {kappa_text(between)}")
+        agreed = rate_text(result["raters"]["agreement"])
+        lines.append(f"the two people agree: {agreed}; Cohen's kappa {kappa_text(result['raters']['kappa'])}")
     lines.append(PAPER)
     return "\n".join(lines)
 

@@ -49,7 +49,7 @@ NUMBER = re.compile(
         (?<! \d [$CURRENCY] ) (?<! \d \\ \$ )                # digit, bracket, minus, no 5%, 5°, 5€, 5\$,
         (?<! \d \s [CURRENCY] )                            # no 5 € (but 5 $-3$ is two numbers)
         (?P<minus> [MINUS] )
-        (?: [A-Z]{0,3} \\? \$ | [A-Z]{0,3} [CURRENCY] \ ? | \\ [cdt]? frac \{ )? )?
+        (?: [A-Z]{0,3} \\? \$ | [A-Z]{0,3} [CURRENCY] \ ? | \\ [cdt]? frac \ ? \{ \ ? )? )?
     (?P<digits> \d{1,3} (?: (?: [,，'’_\u00a0\u2009\u202f] | \{,\} | \\[,\ ] | ,\\! ) \d{3} )+ (?! \d )
               | (?<! \d \s ) (?! 0 ) \d{1,3} (?: \  \d{3} )+ (?! \d | \  \d )   # 1,234,567 and 1 234 567
               | \d+
@@ -61,7 +61,7 @@ NUMBER = re.compile(
 FRACTION_START = re.compile(r"(?<![^\W_])(?<![/^.,])(?<!\d[-+*×·:])")  # no m2/3, no 1/2/3, no 5-2/3
 FRACTION_END = re.compile(r"(?![^\W_])(?![/^])")
 FRACTION_DIGITS = 40  # longer ones are no fractions: their value would take long to work out
-MIXED = re.compile(r" | ?\\[cdt]?frac\{")  # between the 2 and the 1 of `2 1/3`
+MIXED = re.compile(r" | ?\\[cdt]?frac ?\{ ?")  # between the 2 and the 1 of `2 1/3`
 
 
 def plain_numbers(text: str) -> Iterator[re.Match]:
@@ -118,8 +118,9 @@ def read_fraction(text: str, top: re.Match, bottom: re.Match) -> Fraction | None
     if between in ("/", "⁄", "∕"):
         alone = FRACTION_START.match(text, top.start()) and FRACTION_END.match(text, bottom.end())
     else:
-        before = text[max(0, top.start() - 5) : top.start("digits")]
-        alone = between == "}{" and "frac{" in before and text.startswith("}", bottom.end())
+        before = text[max(0, top.start() - 8) : top.start("digits")].replace(" ", "")
+        after = text[bottom.end() : bottom.end() + 2].lstrip()
+        alone = between.replace(" ", "") == "}{" and "frac{" in before and after.startswith("}")
     if not alone or len(top[0]) + len(bottom[0]) > FRACTION_DIGITS or value(bottom) == 0:
         return None
     return Fraction(value(top)) / Fraction(value(bottom))

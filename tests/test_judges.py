@@ -69,7 +69,7 @@ DRAFT = "def f(x):\n    return x"
 
 
 @pytest.mark.parametrize("response, program", [
-    (f"{PROGRAM}\n```", PROGRAM), (f"{PROGRAM}\n```\n", PROGRAM),
+    (f"{PROGRAM}\n```", PROGRAM), (f"{PROGRAM}```", PROGRAM), (f"{PROGRAM}\n```\n", PROGRAM),
     (f"{PROGRAM}\n```\nThis adds one.", PROGRAM),
     (f"import math\n\n{PROGRAM}\n```\nUse it so:\n```python\nf(1)\n```", f"import math\n\n{PROGRAM}"),
     (f"[BEGIN]\n{PROGRAM}\n[DONE]", PROGRAM), ("[BEGIN] x = 1 [DONE]\nmore", "x = 1"),
@@ -150,7 +150,9 @@ def test_every_test_must_pass_and_there_must_be_one():
             "If the Provided Answer is correct, choose only 'True', otherwise choose only 'False'.",
             "If the answer is correct, choose True, otherwise False. True",
             "It is true that the answer is wrong", "True. Actually, False",
-             "True, but the Provided Answer is incorrect.", "The answer is wrong. True",
+             "It is true that the answer differs from the reference", "It's true that this isn't it",
+             "True is not the right choice", "True, but the Provided Answer is incorrect.",
+             "The answer is wrong. True",
              "True... no, not true",
              "It is true that the answer is not correct", "It is true that it does not match the Reference",
              "If the Provided Answer is correct, choose only 'True'", "I must decide whether it is true",

@@ -1,27 +1,49 @@
-"""lora.py against peft: the same numbers, gradients and files; and what must never change stays the same to the bit."""
+"""lora.py against peft: the same numbers, gradients and files; what must not change stays so to the bit."""
 
 import copy
 import json
+import re
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import lora
+from engine.model import load_model
 
 peft = pytest.importorskip("peft")
 
-SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
-SHAPE |= dict(initializer_range=0.15)  # the usual 0.02 would leave a model this small with gradients near 1e-5
+SHAPE = dict(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2
+)
+SHAPE |= dict(
+    initializer_range=0.15
+)  # the usual 0.02 would leave a model this small with gradients near 1e-5
 IDS = torch.randint(0, 61, (3, 11), generator=torch.Generator().manual_seed(1))
 TARGETS = [["q_proj", "v_proj"], "all-linear"]
 
 
 def llama(seed=0, **changes):
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(SHAPE | {"num_hidden_layers": 2, "attention_bias": True} | changes)))
+    model = LlamaForCausalLM(
+        LlamaConfig(**(SHAPE | {"num_hidden_layers": 2, "attention_bias": True} | changes))
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(parameter)  # zero at first: a bias lost by merging would not be seen
@@ -61,7 +83,9 @@ def theirs(targets=("q_proj", "v_proj"), dropout=0.0, trained=True, **options):
 
 def weights(model):
     """Base tensors by their names in the plain model."""
-    return {n.replace(".base.", "."): p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+    return {
+        n.replace(".base.", "."): p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n
+    }
 
 
 def same_bits(a, b):
@@ -107,7 +131,9 @@ def test_the_same_modules_and_trainable_parameters_as_peft(targets):
     model = ours(targets, trained=False)
     assert set(lora.state_dict(model)) == set(peft.get_peft_model_state_dict(reference))
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count == reference.get_nb_trainable_parameters()[0] == sum(p.numel() for p in lora.parameters(model))
+    assert (
+        count == reference.get_nb_trainable_parameters()[0] == sum(p.numel() for p in lora.parameters(model))
+    )
     assert not isinstance(model.lm_head, lora.LoRALinear)
 
 
@@ -220,7 +246,7 @@ def test_dropout_only_in_train_mode():
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
 def test_dropout_has_the_odds_it_is_asked_for(p):
-    """Dropped with probability p at each of the four places of an int64, neighbours apart, and the mean stays."""
+    """Dropped with probability p at each place of an int64, neighbours apart, and the mean stays."""
     torch.manual_seed(0)
     x = torch.rand(401, 1001) + 1  # an odd number of elements, none of them 0
     found = lora.dropout(x, p)
@@ -229,7 +255,9 @@ def test_dropout_has_the_odds_it_is_asked_for(p):
         assert abs(part.float().mean() - (1 - p)) < 5 * (p * (1 - p) / len(part)) ** 0.5
     pairs = kept[1::2] & kept[:-1:2]
     assert abs(pairs.float().mean() - (1 - p) ** 2) < 5 * ((1 - p) ** 2 / len(pairs)) ** 0.5
-    torch.testing.assert_close(found[found != 0], x[found != 0] / (1 - p), rtol=0.01, atol=0)  # 0.999 is rounded
+    torch.testing.assert_close(
+        found[found != 0], x[found != 0] / (1 - p), rtol=0.01, atol=0
+    )  # 0.999 is rounded
     assert abs(found.mean() - x.mean()) < 5 * found.std() / found.numel() ** 0.5
     assert not torch.equal(kept, (lora.dropout(x, p) != 0).flatten())
 
@@ -301,9 +329,14 @@ def test_a_frozen_product_keeps_no_activation_for_backward():
     layer = model.model.layers[0].self_attn.q_proj
     kept = []
     x = torch.randn(5, 32, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), lora.disabled(model):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        lora.disabled(model),
+    ):
         layer(x)
-    assert kept and all(t.untyped_storage().data_ptr() == layer.base.weight.untyped_storage().data_ptr() for t in kept)
+    assert kept and all(
+        t.untyped_storage().data_ptr() == layer.base.weight.untyped_storage().data_ptr() for t in kept
+    )
 
 
 # ---- files ----
@@ -400,7 +433,9 @@ def test_a_crash_while_saving_leaves_the_old_adapter_whole(tmp_path, monkeypatch
 # ---- bad input ----
 
 
-@pytest.mark.parametrize("targets", [["query"], ["q_proj", "vproj"], [], "proj", "lm_head", "q_proj,v_proj"], ids=str)
+@pytest.mark.parametrize(
+    "targets", [["query"], ["q_proj", "vproj"], [], "proj", "lm_head", "q_proj,v_proj"], ids=str
+)
 def test_targets_that_match_nothing_name_what_there_is(targets):
     model = llama()
     with pytest.raises(ValueError, match="down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj$"):
@@ -409,7 +444,9 @@ def test_targets_that_match_nothing_name_what_there_is(targets):
 
 
 def test_fused_projections_give_the_names_that_exist():
-    phi = Phi3ForCausalLM(Phi3Config(**SHAPE, num_hidden_layers=1, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    phi = Phi3ForCausalLM(
+        Phi3Config(**SHAPE, num_hidden_layers=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    )
     with pytest.raises(ValueError, match="q_proj, v_proj; .* down_proj, gate_up_proj, o_proj, qkv_proj$"):
         lora.inject(phi)
     assert lora.inject(phi, target_modules="qkv_proj") == ["model.layers.0.self_attn.qkv_proj"]
@@ -467,7 +504,10 @@ BROKEN = {
     "no weights": (lambda f: (f / lora.WEIGHTS).unlink(), "adapter_model.safetensors is missing"),
     "torn config": (lambda f: (f / lora.CONFIG).write_text('{"r": 4'), "broken adapter file"),
     "config no object": (lambda f: (f / lora.CONFIG).write_text("4"), "broken adapter file"),
-    "torn weights": (lambda f: (f / lora.WEIGHTS).write_bytes((f / lora.WEIGHTS).read_bytes()[:-7]), "broken adapter"),
+    "torn weights": (
+        lambda f: (f / lora.WEIGHTS).write_bytes((f / lora.WEIGHTS).read_bytes()[:-7]),
+        "broken adapter",
+    ),
     "other method": (edit_config(peft_type="IA3"), "no LoRA adapter"),
     "no rank": (edit_config(r=None), "no LoRA adapter"),
     "dora": (edit_config(use_dora=True), "use_dora = true is not supported"),
@@ -476,7 +516,10 @@ BROKEN = {
     "rank pattern": (edit_config(rank_pattern={"q_proj": 2}), "rank_pattern = .* is not supported"),
     "alpha pattern": (edit_config(alpha_pattern={"q_proj": 2}), "alpha_pattern = .* is not supported"),
     "transposed": (edit_config(fan_in_fan_out=True), "fan_in_fan_out = true is not supported"),
-    "other base weights": (edit_config(init_lora_weights="pissa"), 'init_lora_weights = "pissa" is not supported'),
+    "other base weights": (
+        edit_config(init_lora_weights="pissa"),
+        'init_lora_weights = "pissa" is not supported',
+    ),
     "not yet invented": (edit_config(use_next_year=True), "use_next_year = true is not supported"),
     "wrong rank": (edit_config(r=5), r"lora_A.weight is \[4, 32\], the model needs \[5, 32\]"),
     "bad dropout": (edit_config(lora_dropout=2), "0 <= dropout < 1"),
@@ -524,3 +567,171 @@ def test_the_adapter_of_another_model_is_refused(changes, line, tmp_path):
     lora.save(ours(trained=False, **changes), tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} does not fit this LlamaForCausalLM: .*{line}"):
         lora.load(llama(), tmp_path)
+
+
+# ---- layers that are not plain, and PEFT where it reads names in its own way ----
+
+
+def tiny_moe(config_class, model_class, **further):
+    """A mixture of experts with a dense layer or a shared expert, and B that is not 0."""
+    shape = SHAPE | {"num_hidden_layers": 2, "num_key_value_heads": 4, "head_dim": 8, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return model_class(config_class(**shape, **further)).eval()
+
+
+def adapted(model, targets="all-linear"):
+    lora.inject(model, 4, 12, 0.0, targets, seed=7)
+    for layer in lora.layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.2)
+    return model
+
+
+def qwen3_moe():
+    experts = {
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [0],
+    }
+    return tiny_moe(Qwen3MoeConfig, Qwen3MoeForCausalLM, **experts)
+
+
+def phimoe():
+    return tiny_moe(PhimoeConfig, PhimoeForCausalLM, num_local_experts=4)
+
+
+def test_an_adapted_layer_reads_like_the_linear_layer_it_stands_for():
+    model = ours("all-linear")
+    for name, layer in lora.layers(model).items():
+        plain = llama().get_submodule(name)
+        assert (layer.in_features, layer.out_features) == (plain.in_features, plain.out_features)
+        assert torch.equal(layer.weight, plain.weight)
+        assert layer.bias is None and plain.bias is None or torch.equal(layer.bias, plain.bias)
+    x = torch.randn(3, 32)
+    layer = model.model.layers[0].self_attn.q_proj
+    expected = layer(x)
+    lora.merge(model)
+    torch.testing.assert_close(torch.nn.functional.linear(x, layer.weight, layer.bias), expected)
+    with lora.disabled(model):
+        assert torch.equal(layer.weight, llama().model.layers[0].self_attn.q_proj.weight)
+    names = {name for name, _ in model.named_parameters()}
+    assert not any(name.endswith("q_proj.weight") for name in names)  # once, under base
+
+
+class Router(nn.Linear):
+    """As in Llama 4 and PhiMoE: more comes out than W x."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+class NamedLinear(nn.Linear):
+    """A subclass that computes what nn.Linear does."""
+
+
+def test_layers_with_a_forward_of_their_own_are_left_out_and_named():
+    model = nn.Sequential()
+    model.add_module("router", Router(4, 4))
+    model.add_module("named", NamedLinear(4, 4))
+    model.add_module("plain", nn.Linear(4, 4))
+    assert lora.left_out(model) == ["router"]
+    assert lora.inject(model, target_modules="all-linear") == ["named", "plain"]
+    assert lora.left_out(model) == ["router"]
+    lora.remove(model)
+    with pytest.raises(ValueError, match="match nothing: router; .*: named, plain$"):
+        lora.inject(model, target_modules="router")
+
+
+def test_all_linear_trains_a_model_whose_router_is_a_linear_layer():
+    model = adapted(phimoe())
+    assert lora.left_out(model) == [f"model.layers.{i}.mlp.router" for i in (0, 1)]
+    loss(model).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in lora.parameters(model))
+
+
+@pytest.mark.parametrize("make", [llama, phimoe], ids=["llama", "phimoe"])
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+def test_what_peft_loads_as_it_was_saved_passes_the_check(make, targets, tmp_path):
+    model = adapted(make(), targets)
+    lora.save(model, tmp_path)
+    assert lora.check_saved(model, tmp_path) == ""
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=0)
+
+
+def test_a_dense_layer_that_peft_takes_for_experts_is_named(tmp_path):
+    model = adapted(qwen3_moe())
+    lora.save(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(qwen3_moe(), tmp_path)
+    right = torch.allclose(logits(theirs), logits(model), atol=1e-4)  # a later PEFT may mend it
+    line = lora.check_saved(model, tmp_path)
+    assert (line == "") == right
+    if not right:
+        assert "PEFT loads 3 layers" in line and "model.layers.0.mlp.gate_proj" in line and "\n" not in line
+    again = qwen3_moe()
+    lora.load(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def change_one_weight(folder):
+    state = load_file(folder / lora.WEIGHTS)
+    key = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    save_file(state | {key: state[key] + 1}, folder / lora.WEIGHTS)
+
+
+def double_alpha(folder):
+    edit_config(lora_alpha=24)(folder)
+
+
+def drop_a_target(folder):
+    edit_config(target_modules=["q_proj"])(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "first"),
+    [
+        (change_one_weight, "1 layers .*layers.1.self_attn.v_proj"),
+        (double_alpha, "4 layers"),
+        (drop_a_target, "2 layers .*v_proj"),
+    ],
+)
+def test_a_file_that_is_not_the_models_adapter_is_noticed(spoil, first, tmp_path):
+    model = adapted(llama(), ["q_proj", "v_proj"])
+    lora.save(model, tmp_path)
+    spoil(tmp_path)
+    assert re.search(f"PEFT loads {first}", lora.check_saved(model, tmp_path))
+
+
+def test_what_peft_refuses_is_one_line(tmp_path):
+    """PEFT takes no out_proj in Mamba models."""
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=8, n_groups=1
+    )
+    model = adapted(Mamba2ForCausalLM(config))
+    lora.save(model, tmp_path)
+    line = lora.check_saved(model, tmp_path)
+    assert "PEFT cannot load this adapter" in line and "out_proj" in line and "\n" not in line
+
+
+def test_the_check_holds_no_second_model(tmp_path):
+    model = adapted(llama(), ["q_proj"])
+    lora.save(model, tmp_path)
+    theirs = lora._layers_in_peft(model, tmp_path)
+    assert theirs and all(
+        layer.base_layer.weight.untyped_storage().nbytes() <= 4 for layer in theirs.values()
+    )
+
+
+def test_the_check_of_a_model_as_it_is_loaded_for_a_run(tiny, tmp_path):
+    model, _ = load_model(str(tiny), "cpu")  # with the attention that is named "rows"
+    lora.save(adapted(model), tmp_path)
+    assert lora.check_saved(model, tmp_path) == ""
+
+
+def test_without_peft_nothing_is_checked(tmp_path, monkeypatch):
+    model = adapted(llama())
+    lora.save(model, tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert lora.check_saved(model, tmp_path) == ""
