@@ -1,5 +1,6 @@
-"""General benchmarks as lm-evaluation-harness 0.4.13 defines them (Table 4): MMLU, TruthfulQA, HellaSwag and
-WinoGrande.
+"""General benchmarks (Table 4), as lm-evaluation-harness 0.4.13 defines them.
+
+They are MMLU, TruthfulQA, HellaSwag and WinoGrande, each in a file of its own.
 
 A row of a benchmark becomes options, each a context and a continuation. engine/likelihood.py says how likely
 a model finds each. A metric compares that with the gold. Covered: zero-shot, k-shot MMLU, the chat template,
@@ -123,7 +124,7 @@ def mmlu_shots(data_dir: Path, k: int) -> dict[str, list[dict]]:
 
 
 def choose(found: list[Document], scoring: Scoring) -> list[Document]:
-    """Of each task the first `limit`, as in the harness; or a seeded draw that only grows with the limit."""
+    """Of each task the first `limit`, as in the harness, or a seeded draw that only grows with the limit."""
     if scoring.sampled:
         found = random.Random(0).sample(found, len(found))
     tasks = defaultdict(list)
@@ -147,13 +148,15 @@ def score(
     out_dir: Path | str,
     scoring: Scoring = ZERO_SHOT,
 ) -> tuple[dict, list[dict]]:
-    """Score a model on the benchmarks `names` -> (scores, the samples that they are the means of, in document
-    order).
+    """Score a model on the benchmarks `names` -> (scores, samples).
 
-    Scores: {name: {metric: value, metric_stderr: value, n}}; MMLU also by "subjects". A sample is one
-    document: the log-likelihoods of its options (TruthfulQA: of mc1's, then of mc2's), the option chosen, the
-    gold, its metrics. Each is appended to samples_path(...) as it is done, and is not scored again by a later
-    call. InputError: unknown names, bad data, samples of another model in out_dir.
+    Scores: {name: {metric: value, metric_stderr: value, n}}, those of MMLU also by "subjects". They are means
+    over the samples, which come in document order.
+
+    A sample is one document: the log-likelihoods of its options (TruthfulQA: of mc1's, then of mc2's), the
+    option chosen, the gold, its metrics. Each is appended to samples_path(...) as it is done, and is not
+    scored again by a later call.
+    InputError: unknown names, bad data, samples of another model in out_dir.
     """
     check_request(tokenizer, names, scoring)
 
