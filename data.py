@@ -1,5 +1,4 @@
-"""What a model is asked: an example (x, y), the splits of a data set, a task, and how an example becomes a
-prompt.
+"""What a model is asked: an example (x, y), the splits of a data set, a task, and the prompt of an example.
 
 A data set is one file of tasks/. Prompts are the user turn only, to the letter of the paper's figures. The
 figures print `<s>[INST] ... [/INST]` around them. That is Mistral's chat template, which the tokenizer of
@@ -117,9 +116,7 @@ def prompt(template: str, example: Example, gold_response: str = "") -> str:
 def hold_out(
     rows: list[Example], group: Callable[[Example], str], limit: int = 150
 ) -> tuple[list[Example], list[Example]]:
-    """(train, validation): whole groups drawn at random validate, until they hold `limit` rows or a tenth of
-    all.
-    """
+    """(train, validation). Whole groups drawn at random validate, up to `limit` rows or a tenth of all."""
     sizes = Counter(map(group, rows))
     names = random.Random(SPLIT_SEED).sample(list(sizes), len(sizes))
     wanted = min(limit, len(rows) / 10)

@@ -1,5 +1,6 @@
-"""General benchmarks as lm-evaluation-harness 0.4.13 defines them (Table 4): MMLU, TruthfulQA, HellaSwag and
-WinoGrande.
+"""General benchmarks (Table 4), as lm-evaluation-harness 0.4.13 defines them.
+
+They are MMLU, TruthfulQA, HellaSwag and WinoGrande, each in a file of its own.
 
 A row of a benchmark becomes options, each a context and a continuation. engine/likelihood.py says how likely
 a model finds each. A metric compares that with the gold. Covered: zero-shot, k-shot MMLU, the chat template,
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from engine.likelihood import Encoder, Option, can_share, log_likelihoods, max_length, trial
 from support import ranks
 from support.cli import InputError
-from support.files import RowFile, line_numbers, read_json, write_json
+from support.files import RowFile, digest, line_numbers, read_json, write_json
 from tasks.hellaswag import HELLASWAG
 from tasks.mmlu import MMLU, MMLU_SHOTS
 from tasks.rows import read_counted
@@ -72,6 +73,11 @@ class Document:
     @property
     def task(self) -> str:
         return self.row.get("subject", self.benchmark)
+
+    @property
+    def digest(self) -> str:
+        """Of what the model is asked. It changes where the row, or our prompt, is edited."""
+        return digest([[x.description, x.shots, x.context, x.continuation] for x in self.options])
 
 
 # -------------------------------------------------------------------------------- rows -> documents
@@ -118,7 +124,7 @@ def mmlu_shots(data_dir: Path, k: int) -> dict[str, list[dict]]:
 
 
 def choose(found: list[Document], scoring: Scoring) -> list[Document]:
-    """Of each task the first `limit`, as in the harness; or a seeded draw that only grows with the limit."""
+    """Of each task the first `limit`, as in the harness, or a seeded draw that only grows with the limit."""
     if scoring.sampled:
         found = random.Random(0).sample(found, len(found))
     tasks = defaultdict(list)
@@ -142,13 +148,15 @@ def score(
     out_dir: Path | str,
     scoring: Scoring = ZERO_SHOT,
 ) -> tuple[dict, list[dict]]:
-    """Score a model on the benchmarks `names` -> (scores, the samples that they are the means of, in document
-    order).
+    """Score a model on the benchmarks `names` -> (scores, samples).
 
-    Scores: {name: {metric: value, metric_stderr: value, n}}; MMLU also by "subjects". A sample is one
-    document: the log-likelihoods of its options (TruthfulQA: of mc1's, then of mc2's), the option chosen, the
-    gold, its metrics. Each is appended to samples_path(...) as it is done, and is not scored again by a later
-    call. InputError: unknown names, bad data, samples of another model in out_dir.
+    Scores: {name: {metric: value, metric_stderr: value, n}}, those of MMLU also by "subjects". They are means
+    over the samples, which come in document order.
+
+    A sample is one document: the log-likelihoods of its options (TruthfulQA: of mc1's, then of mc2's), the
+    option chosen, the gold, its metrics. Each is appended to samples_path(...) as it is done, and is not
+    scored again by a later call.
+    InputError: unknown names, bad data, samples of another model in out_dir.
     """
     check_request(tokenizer, names, scoring)
 
@@ -165,6 +173,9 @@ def score(
     longest = max_length(model, tokenizer)
     encoder = Encoder(tokenizer, longest, scoring.apply_chat_template, scoring.add_bos)
     file = RowFile(path, key=document_of)
+    for key, document in wanted.items():
+        if key in file.rows and file.rows[key].get("digest", document.digest) != document.digest:
+            del file.rows[key]  # it answers another question, and is scored anew
     missing = [wanted[key] for key in file.missing(wanted)]
     for sample in scored(model, encoder, missing):
         file.append(sample)
@@ -249,7 +260,7 @@ def requests_of(encoder: Encoder, document: Document) -> list:
 
 def sample_of(document: Document, scores: list[float]) -> dict:
     """What is kept of a scored document."""
-    sample = {"benchmark": document.benchmark, "index": document.index}
+    sample = {"benchmark": document.benchmark, "index": document.index, "digest": document.digest}
     if document.benchmark == "mmlu":
         sample["subject"] = document.task
     sample["log_likelihoods"] = scores

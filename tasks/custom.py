@@ -58,8 +58,8 @@ def load_custom_task(
     """
     # 1. The rows.
     found = [read_own_file(Path(path), judge, question_field, answer_field) for path in files]
-    for split, file in zip(("train", "validation", "test"), found, strict=True):
-        check_ids(file.rows, f"custom, {split}")
+    for path, file in zip(files, found, strict=True):
+        check_ids(file.rows, str(path))
     train_file = found[0]
 
     # 2. The prompts.

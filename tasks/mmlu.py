@@ -44,9 +44,7 @@ def mmlu_metrics(row: dict, scores: np.ndarray) -> dict:
 
 
 def fetch_mmlu(folder: Path) -> None:
-    """hendrycks/test: one CSV file a subject, its rows being the question, four choices and the letter of the
-    answer.
-    """
+    """hendrycks/test: one CSV file a subject. A row is the question, four choices and the right letter."""
     archive = folder / "data.tar"
     download(HOME, archive)
     with tarfile.open(archive) as tar:

@@ -25,8 +25,7 @@ HOME = "https://doc2dial.github.io/multidoc2dial/file/multidoc2dial.zip"
 
 
 def load_multidoc2dial(folder: Path) -> Splits:
-    """MultiDoc2Dial (Feng et al., 2021): its validation set tests. Validation and training share no dialogue.
-    """
+    """The data's validation set tests. Our validation rows and the training rows share no dialogue."""
     folder = folder / "multidoc2dial"
     names = ("multidoc2dial_dial_train.json", "multidoc2dial_dial_validation.json", "multidoc2dial_doc.json")
     train_path, test_path, documents = (folder / name for name in names)

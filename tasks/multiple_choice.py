@@ -1,6 +1,4 @@
-"""What a benchmark of multiple-choice questions is: rows with options, and how their log-likelihoods become
-metrics.
-"""
+"""What a benchmark of multiple-choice questions is: rows with options, and metrics of their likelihoods."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

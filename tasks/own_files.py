@@ -27,6 +27,7 @@ from pathlib import Path
 
 from data import ABSTAIN, Example
 from support.cli import InputError
+from support.files import read_bytes
 from tasks.reading import read_squad_rows, slobodkin_examples
 from tasks.rows import field_of, label_of, list_of, shown, text_of, texts_of
 
@@ -70,17 +71,26 @@ ASSISTANT = ("assistant", "gpt")
 def read_own_file(
     path: Path, judge: str, question_field: str | None = None, answer_field: str | None = None
 ) -> OwnFile:
+    """The rows of one file. `question_field` and `answer_field` are names of a person's own, or None."""
+    # 1. Formats that name their fields themselves.
     rows = read_rows(path)
+    shape = None
     if isinstance(rows, dict):
-        return OwnFile(read_squad_rows(path), "SQuAD's format", is_reading=True)
-    if any(isinstance(row.get("answerable"), str) for _, row in rows):
-        return OwnFile(slobodkin_examples(rows), "Slobodkin's format", is_reading=True)
+        shape = "SQuAD's format"
+    elif any(isinstance(row.get("answerable"), str) for _, row in rows):
+        shape = "Slobodkin's format"
+    if shape and (question_field or answer_field):
+        raise InputError(f"{path} is in {shape}: --question-field and --answer-field do not go with it")
+    if shape:
+        examples = read_squad_rows(path) if isinstance(rows, dict) else slobodkin_examples(rows)
+        return OwnFile(examples, shape, is_reading=True)
 
+    # 2. Rows of any other names.
     names = field_names(rows)
     fields = recognise(names, question_field, answer_field)
     shape = str(fields)
     chat_field = first_of(CHAT_FIELDS, names)
-    if chat_field and not question_field and fields.question not in names:
+    if chat_field and not (question_field or answer_field) and fields.question not in names:
         rows = [(where, plain_row(row, chat_field, where)) for where, row in rows]
         fields = Fields("question", "answer")
         shape = f"one user and one assistant turn in {chat_field!r}"
@@ -247,11 +257,8 @@ def read_rows(path: Path) -> Numbered | dict:
 
 
 def read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-
+    """The text of a file in UTF-8. InputError says what the file is instead."""
+    content = read_bytes(path)
     for beginning, kind in BEGINNINGS.items():
         if content.startswith(beginning):
             raise InputError(f"{path} is {kind}")

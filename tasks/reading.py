@@ -51,8 +51,7 @@ MUSIQUE_HOME = "https://github.com/StonyBrookNLP/musique " + BY_HAND.format("dat
 
 
 def load_nq(folder: Path) -> Splits:
-    """Natural Questions with unanswerable rows (Slobodkin et al., 2023), from nq/train.json, dev.json and
-    test.json.
+    """Natural Questions with unanswerable rows (Slobodkin et al., 2023): nq/train.json, dev.json, test.json.
     """
     train, validation, test = (
         read_slobodkin(need(folder / "nq" / f"{name}.json", NQ_HOME)) for name in ("train", "dev", "test"))
@@ -233,8 +232,7 @@ def _musique_example(row: dict, where: str) -> Example:
 
 
 def load_reading(folder: Path) -> Splits:
-    """The embedded set: 60 short passages written for this project, split by passage, a quarter unanswerable.
-    """
+    """60 short passages written for this project, split by passage. A quarter of the rows is unanswerable."""
     articles = read_squad(EXAMPLES / "reading.json")
     train = pair_unanswerable(articles[:36])
     validation = pair_unanswerable(articles[36:42])

@@ -1,5 +1,6 @@
-"""TruthfulQA (Lin et al., 2022): mc1, the one true option among false ones; mc2, the share of probability on
-the true ones.
+"""TruthfulQA (Lin et al., 2022): questions that people often answer wrongly.
+
+mc1 asks for the one true option among false ones. mc2 is the share of probability on the true options.
 
 A row: {"question": "What is so?", "mc1_targets": {"choices": ["This.", "That."], "labels": [1, 0]},
         "mc2_targets": {"choices": ["This.", "That.", "This, surely."], "labels": [1, 0, 1]}}

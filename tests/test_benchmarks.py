@@ -443,6 +443,18 @@ def test_samples_are_those_of_the_documents_asked_for(llama, tokenizer, data_dir
     assert results["winogrande"]["n"] == paired_drop(samples, samples)["winogrande"]["n"] == 2
 
 
+def test_a_sample_of_an_edited_document_is_scored_anew(llama, tokenizer, data_dir, tmp_path):
+    _, before = score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out")
+    rows = winogrande_rows()
+    rows[2] |= {"option1": "a quite different thing"}
+    write_jsonl(data_dir / "winogrande/validation.jsonl", rows)
+    _, after = score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "out")
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, True, False, True, True, True]
+    _, fresh = score(llama, tokenizer, ["winogrande"], data_dir, tmp_path / "fresh")
+    assert after[2]["log_likelihoods"] == pytest.approx(fresh[2]["log_likelihoods"], abs=1e-4)
+    assert read_jsonl(tmp_path / "out" / "samples.jsonl") == after
+
+
 def test_samples_of_before_a_metric_existed_get_it_without_being_scored_again(llama, tokenizer, data_dir, tmp_path):
     fresh, samples = score(llama, tokenizer, ALL, data_dir, tmp_path / "out")
     path = tmp_path / "out" / "samples.jsonl"

@@ -66,7 +66,8 @@ def test_one_object_is_one_row(tmp_path):
     (json.dumps([ROW, 3]), "a.jsonl, row 2: expected a JSON object, found int"),
     ('"text"', "a.jsonl, line 1: expected a JSON object, found str"),
     (json.dumps({"question": ["a", "b"], "answer": ["1", "2"]}), "line 1: the field 'question' must be text"),
-    ("[]", "no rows"), ("", "no rows"), (json.dumps({"data": []}), "no rows"),
+    ("[]", "a.jsonl: no rows"), ("", "a.jsonl: no rows"), (json.dumps({"data": []}), "a.jsonl: no rows"),
+    ('"question";"answer"\n"How many?";"3"\n', "a.jsonl looks like a table .CSV."),
 ])
 def test_what_cannot_be_read_is_named_in_one_line_and_left_as_it_is(tmp_path, content, message):
     path = write(tmp_path / "a.jsonl", content)
@@ -154,6 +155,9 @@ def test_fields_by_name(tmp_path):
     ([ROW | {"is_impossible": "false"}], {}, "line 1: the field 'is_impossible' must be true or false"),
     ([{"messages": TURNS}, {"messages": [{"role": "system", "content": "Be kind."}, *TURNS]}], {},
      "line 2: the field 'messages' must be one user and one assistant turn, found system, user, assistant: leave"),
+    ([{"messages": TURNS, "a": "3"}], {"answer_field": "a"}, "line 1: the field 'question' is missing"),
+    ([{"id": "1", "context": "c", "question": "q", "answerable": "yes", "answer": "a"}], {"question_field": "question"},
+     "a.jsonl is in Slobodkin's format: --question-field and --answer-field do not go with it"),
     ([{"messages": TURNS[:1]}], {}, "one user and one assistant turn, found user:"),
     ([{"messages": []}], {}, "one user and one assistant turn, found none:"),
     ([{"messages": TURNS[::-1]}], {}, "found assistant, user:"),
