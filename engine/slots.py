@@ -58,8 +58,8 @@ class NextWrite:
 class SlotCache(Cache):
     """Keys and values of all layers, in buffers `[slots + 1, kv_heads, max_length, head_dim]` written in place.
 
-    The last slot, `common_slot`, keeps the prefix that all prompts share. Set `next_write` before each forward.
-    The model then calls `update` once a layer, and attends over what it returns.
+    The last slot, `common_slot`, keeps the prefix that all prompts share. Set `next_write` before each
+    forward. The model then calls `update` once a layer, and attends over what it returns.
     """
 
     def __init__(self, layers: list[Layer], slots: int, max_length: int):
@@ -99,7 +99,7 @@ class SlotCache(Cache):
         return keys.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(keys.dtype).min)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Write keys and values `[rows, kv_heads, width, head_dim]`, return `[rows, kv_heads, length, head_dim]`."""
+        """Write `[rows, kv_heads, width, head_dim]`, return `[rows, kv_heads, length, head_dim]`."""
         keys, values = self.buffers[layer_idx]
         write = self.next_write
         slots = slice(write.first_slot, write.first_slot + len(write.positions))
