@@ -104,7 +104,7 @@ def evaluate_run(evaluation: Evaluation) -> dict:
 
 
 def load_base_model(config: dict, machine: Machine):
-    """(model, tokenizer) of a run, with the chat template as it was. InputError: its weights are others now."""
+    """(model, tokenizer) of a run, its chat template as it was. InputError: the weights are others now."""
     model, tokenizer = load_model(
         config["model"],
         machine.device,

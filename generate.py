@@ -1,11 +1,12 @@
 """Prompts -> greedy responses, fast: one engine for predictions, paraphrases, the LLM judge and evaluation.
 
-Covered: any Hugging Face causal model whose attention keeps plain keys and values (Llama, Mistral, Qwen2/3,
-Gemma, Phi, ...), on CPU and GPU, with LoRA layers or without. In float32 the tokens are those of
-transformers' own greedy `generate`. In bfloat16 a near-tie can fall the other way when the batch changes,
-there as here. Of the model's generation_config only the end-of-turn tokens count. Not covered, and handed
-to transformers' `generate` with a warning: sliding windows shorter than the longest row, state-space
-models, ALiBi, attention that takes no mask.
+Covered: any Hugging Face causal model whose attention keeps keys and values, with sliding windows or chunks
+too (Llama, Mistral, Qwen, Gemma, gpt-oss, Phi, ...), on CPU and GPU, with LoRA layers or without. A trial
+on the model decides (engine/slot_trial.py). In float32 the tokens are those of transformers' own greedy
+`generate`. In bfloat16 a near-tie can fall the other way when the batch changes, there as here. Of the
+model's generation_config only the end-of-turn tokens count. Models on which the trial fails (state spaces,
+most of ALiBi, attention that takes no mask) are handed to transformers' `generate`, with a warning that
+says why.
 
 Why it is fast, in plain PyTorch:
 
@@ -116,7 +117,9 @@ def warn(message: str) -> None:
 class SlotDecoder:
     """Rows are `waiting` for a slot, or `running`: `running[i]` sits in slot i of the cache."""
 
-    def __init__(self, model, rows: list[Row], ending: Ending, memory_gib: float | None, sample: Sampling | None):
+    def __init__(
+        self, model, rows: list[Row], ending: Ending, memory_gib: float | None, sample: Sampling | None
+    ):
         self.model = model
         self.ending = ending
         self.sample = sample
@@ -136,7 +139,7 @@ class SlotDecoder:
         self.slots = min(len(rows), slots_in_memory(self.layers, self.max_length, memory_gib))
 
     def run(self) -> Iterator[tuple[int, Response]]:
-        """Decode all rows. Out of memory: half as many slots from there on, and the running rows wait again."""
+        """Decode all rows. Out of memory: half as many slots from then on, the running rows wait again."""
         while self.waiting or self.running:
             try:
                 yield from self.run_with_one_cache()
@@ -205,7 +208,7 @@ class SlotDecoder:
         return [self.waiting.popleft() for _ in range(count)]
 
     def prefill(self, new_rows: list[Row]) -> torch.Tensor:
-        """Read the new rows, the last of `running`, into their slots: logits `[rows, vocabulary]` at their ends."""
+        """Read the new rows, the last of `running`, into their slots -> logits `[rows, vocabulary]`."""
         first_new = len(self.running) - len(new_rows)
         common = len(self.common_prefix)
         slot_with_prefix = {}
@@ -240,7 +243,8 @@ class SlotDecoder:
 
     def forward(self, first_slot: int, sequences: list[list[int]], width: int) -> torch.Tensor:
         """The last `width` tokens of the sequences, one a slot: logits `[rows, vocabulary]` at their ends."""
-        return forward_in_slots(self.model, self.cache, first_slot=first_slot, sequences=sequences, width=width)
+        return forward_in_slots(
+            self.model, self.cache, first_slot=first_slot, sequences=sequences, width=width)
 
     def finish(self, rows: list[Row]) -> Iterator[tuple[int, Response]]:
         """Hand out which of these rows have ended. The last running rows move into their slots."""

@@ -33,7 +33,16 @@ from judges import JUDGES
 from results import preview
 from results.config import Comparison, Job, Machine, brought_by_a_person, continued, keep, plain_name
 from support import ranks
-from support.cli import InputError, exit_cleanly, json_object, one_line_error, positive_float, positive_int, random_seed, share
+from support.cli import (  # types of flags
+    InputError,
+    exit_cleanly,
+    json_object,
+    one_line_error,
+    positive_float,
+    positive_int,
+    random_seed,
+    share,
+)
 from support.files import file_digests, locked, read_jsonl, write_json, write_jsonl
 from tasks import TASKS
 from tasks.custom import CUSTOM_TASK

@@ -20,7 +20,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draw tokens instead of taking the likeliest. A draw depends on seed, prompt and position, not the batch."""
+    """Draw tokens instead of taking the likeliest. A draw depends on seed, prompt and position."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -29,7 +29,7 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise ValueError("sampling needs temperature > 0 and 0 < top_p <= 1 (greedy decoding: sample=None)")
+            raise ValueError("sampling needs temperature > 0 and 0 < top_p <= 1 (greedy: sample=None)")
 
     def uniform(self, index: int, position: int) -> float:
         """A number in [0, 1) for the token at `position` of the response to prompt `index`."""
@@ -81,7 +81,7 @@ class Ending:
         return None
 
     def _may_close(self, token: int) -> bool:
-        """Can this token complete the stop string? Only then is the row decoded, so that looking for it is cheap."""
+        """Can this token complete the stop string? Only then is the row decoded."""
         if not self.stop:
             return False
         if token not in self.can_close:

@@ -51,7 +51,7 @@ def generate_padded(
 
 def out_of_memory(length: int) -> InputError:
     return InputError(
-        f"out of memory with one row of {length} tokens: take a lower --max-new-tokens, leave out the longest rows, "
+        f"out of memory with one row of {length} tokens: take a lower --max-new-tokens, leave out long rows, "
         "or take a smaller model"
     )
 
@@ -71,7 +71,7 @@ def generate_batch(model, rows: list[Row], ending: Ending, sample: Sampling | No
 
 
 def greedy_generate(model, prompts: list[list[int]], pad: int, **options):
-    """transformers' generate on prompts padded on the left; its defaults stand in for the model's own settings."""
+    """transformers' generate on prompts padded on the left, with its own defaults in place of the model's."""
     width = max(map(len, prompts))
     tokens, mask = [], []
     for prompt in prompts:
@@ -139,7 +139,7 @@ class KeepDrawnToken(LogitsProcessor):
 
 
 def rows_in_memory(model, length: int, memory_gib: float | None) -> int:
-    """How many rows of `length` tokens a batch may have: what two short rows leave in the cache tells their size."""
+    """How many rows of `length` tokens a batch may have, by what two short rows leave in the cache."""
     most = MOST_ROWS.get(model.device.type, 32)
     try:
         one_token = cache_bytes(model, tokens=1)
@@ -154,10 +154,11 @@ def rows_in_memory(model, length: int, memory_gib: float | None) -> int:
 def cache_bytes(model, tokens: int) -> int:
     """The bytes of all tensors that a row of so many tokens leaves in the layers of the cache."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
     total = 0
     for layer in cache.layers:
         for held in vars(layer).values():
-            tensors = held.values() if isinstance(held, dict) else [held]  # a state-space layer numbers its states
+            tensors = held.values() if isinstance(held, dict) else [held]  # a state-space layer has several
             total += sum(tensor.nbytes for tensor in tensors if torch.is_tensor(tensor))
     return total

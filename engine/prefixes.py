@@ -1,4 +1,4 @@
-"""What prompts share: a prefix common to all, and longer ones in groups (five questions about one passage)."""
+"""What prompts share: a prefix common to all, longer ones in groups (five questions about one passage)."""
 
 import os
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class PrefixGroup:
 
 
 def shared_prefix(rows: list[Row]) -> list[int]:
-    """The tokens with which all rows begin. A prompt's last token is never one of them: its logits are needed."""
+    """The tokens with which all rows begin. Never a prompt's last token: its logits are needed."""
     alike = os.path.commonprefix([row.tokens for row in rows])  # works on any lists, not only on paths
     shortest = min(row.start for row in rows)
     return alike[: shortest - 1]

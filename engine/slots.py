@@ -29,7 +29,7 @@ class Layer:
 
 
 def layers_of(model) -> list[Layer]:
-    """The model's layers, as one token in transformers' own cache shows them. ValueError: one keeps no keys."""
+    """The layers, as one token in transformers' own cache shows them. ValueError: one keeps no keys."""
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.tensor([[0]], device=model.device), past_key_values=cache, use_cache=True)
     config = model.config.get_text_config(decoder=True)
@@ -56,10 +56,10 @@ class NextWrite:
 
 
 class SlotCache(Cache):
-    """Keys and values of all layers, in buffers `[slots + 1, kv_heads, max_length, head_dim]` written in place.
+    """Keys and values of all layers in buffers `[slots + 1, kv_heads, max_length, head_dim]`.
 
-    The last slot, `common_slot`, keeps the prefix that all prompts share. Set `next_write` before each forward.
-    The model then calls `update` once a layer, and attends over what it returns.
+    The last slot, `common_slot`, keeps the prefix that all prompts share. Set `next_write` before each
+    forward. The model then calls `update` once a layer, and attends over what it returns.
     """
 
     def __init__(self, layers: list[Layer], slots: int, max_length: int):
@@ -79,7 +79,7 @@ class SlotCache(Cache):
         self.has_windows = any(layer.window and layer.window < max_length for layer in layers)
 
     def masks(self) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The additive mask `[rows, 1, width, length]` of the next forward; where layers differ, one for each kind.
+        """The additive mask `[rows, 1, width, length]` of the next forward, or one for each kind of layer.
 
         So transformers' models take them: a tensor serves all layers, a dictionary names the kinds.
         """
@@ -89,7 +89,7 @@ class SlotCache(Cache):
         return masks.popitem()[1]
 
     def mask(self, layer: Layer) -> torch.Tensor:
-        """A token sees the keys up to its own position, from the first one that lies in the layer's window."""
+        """A token sees the keys up to its own position, from the first in the layer's window."""
         keys = self.buffers[0][0]
         positions = self.next_write.positions[:, None, :, None]
         key_positions = torch.arange(self.next_write.length, device=keys.device)
@@ -99,7 +99,7 @@ class SlotCache(Cache):
         return keys.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(keys.dtype).min)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Write keys and values `[rows, kv_heads, width, head_dim]`, return `[rows, kv_heads, length, head_dim]`."""
+        """Write `[rows, kv_heads, width, head_dim]`, return `[rows, kv_heads, length, head_dim]`."""
         keys, values = self.buffers[layer_idx]
         write = self.next_write
         slots = slice(write.first_slot, write.first_slot + len(write.positions))

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from engine.fallback import rows_in_memory
-from engine.slot_trial import longest_harmless_row, why_no_slots
+from engine.slot_trial import longest_harmless_row, why_no_padding, why_no_slots
 from generate import generate
 from support.cli import InputError
 
@@ -105,6 +105,11 @@ def test_a_model_that_ignores_the_mask_is_found_out():
     assert "slots change its logits" in why_no_slots(other, 60)
 
 
+def test_rounding_in_bfloat16_is_no_difference():
+    model = build(LlamaConfig(**SHAPE)).bfloat16()
+    assert why_no_slots(model, 60) == why_no_padding(model, 60) == ""
+
+
 def test_a_model_that_raises_falls_back_in_one_line():
     model = build(LlamaConfig(**SHAPE))
 
@@ -115,7 +120,7 @@ def test_a_model_that_raises_falls_back_in_one_line():
     assert why_no_slots(model, 60) == "RuntimeError: no such kernel"
 
 
-def test_the_trial_is_made_once_for_a_model(tokenizer):  # noqa: F811
+def test_the_trial_is_made_once_for_a_model():
     model = build(LlamaConfig(**SHAPE))
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
