@@ -24,7 +24,7 @@ from support.cli import InputError
 
 LENGTHS = (9, 9, 5, 14)  # of the rows that are tried; the first two are alike, to run as a batch
 PREFIX = 6  # tokens of the prefix that is tried
-REACH = {"cpu": 160, "cuda": 2100}  # a window of up to so many tokens gets a row that is longer
+REACH = {"cpu": 160, "cuda": 2100}  # a window of up to so many tokens gets a row that is well beyond it
 
 _ways = weakref.WeakKeyDictionary()  # model -> (its attention, its Ways)
 _right_with_rows = weakref.WeakSet()  # models whose logits are their own under "rows"
@@ -147,10 +147,14 @@ def trial_rows(model) -> list[Row]:
     vocabulary = model.get_input_embeddings().num_embeddings
     context = min(context_lengths(model.config), default=2**31)
     reach = REACH.get(model.device.type, REACH["cpu"])
-    windows = [n for n in lengths_in(model.config) if max(LENGTHS) <= n <= reach and n < context]
+    windows = [n for n in lengths_in(model.config) if n <= reach and n < context]
     lengths = [min(length, context) for length in LENGTHS]
     if windows:
-        lengths.append(min(max(windows) + 8, context))
+        longest = max(windows)
+        well_beyond = (
+            longest + min(longest, 512) + 8
+        )  # a choice of some tokens may be right by chance at first
+        lengths.append(min(well_beyond, context))
 
     generator = torch.Generator().manual_seed(0)
     first, end = vocabulary // 4, vocabulary - vocabulary // 4
@@ -174,12 +178,13 @@ def context_lengths(config) -> list[int]:
 
 
 def numbers(settings, words) -> list[int]:
-    """The whole numbers above 1 in nested settings under a key that contains one of the words."""
+    """The whole numbers above 1 in nested settings whose key has one of the words, and counts no layers."""
     found = []
     for key, value in settings.items():
+        named = any(word in str(key) for word in words) and "layer" not in str(key)
         if isinstance(value, dict):
             found += numbers(value, words)
-        elif type(value) is int and value > 1 and any(word in str(key) for word in words):
+        elif named and type(value) is int and value > 1:
             found.append(value)
     return found
 

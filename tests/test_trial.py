@@ -93,6 +93,10 @@ KINDS = {
         **LLAMA, rope_parameters=LONGROPE, original_max_position_embeddings=20
     ),
 }  # fmt: skip
+if hasattr(tf, "DeepseekV32Config"):  # younger than the oldest transformers that is covered
+    KINDS["deepseek v3.2, tokens are chosen"] = tf.DeepseekV32Config(
+        **MLA, index_topk=8, index_head_dim=8, index_n_heads=2
+    )
 LLAMA_CONFIG = KINDS["llama"]
 SEE_EACH_OTHER = ("falcon", "mpt", "bloom", "gpt_oss", "granite hybrid", "mamba2", "qwen3_next", "lfm2")
 
