@@ -40,6 +40,7 @@ from engine.model import load_model, peak_memory_gib
 from engine.packed import token_log_probs
 from results import run_files
 from results.audit import audit
+from results.config import Machine
 from results.reading_scores import reading_scores
 from results.report import write_benchmark_report, write_report
 from results.request import Alone, Evaluation, config_of, read_command_line
@@ -65,7 +66,7 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     config = config_of(evaluation)
     task, (train_rows, validation_rows, test_rows) = task_of(config, machine.data)
     announce_sandbox(task, machine.sandbox)
-    model, tokenizer = load_model(config["model"], machine.device, config["dtype"], machine.trust_remote_code)
+    model, tokenizer = load_model_of(config, machine)
     measure = Measure(model, tokenizer, task, test_rows, evaluation)
 
     # 1. The base model, before an adapter is in it.
@@ -100,6 +101,18 @@ def evaluate_run(evaluation: Evaluation) -> dict:
         results["elsewhere"] = run_files.read_elsewhere(run)
     results["machine"]["peak_memory_gib"] = peak_memory_gib()
     return run_files.finite(results)
+
+
+def load_model_of(config: dict, machine: Machine):
+    """(model, tokenizer) of a run, whose chat template says what it said in training."""
+    return load_model(
+        config["model"],
+        machine.device,
+        config["dtype"],
+        machine.trust_remote_code,
+        chat_template_kwargs=config["chat_template_kwargs"],
+        date=config["date"],
+    )
 
 
 def load_adapter(model, folder: Path) -> None:
@@ -262,7 +275,7 @@ def show(evaluation: Evaluation) -> str:
     """The text of `--show ID`: a training row's way through the three branches."""
     config, machine = config_of(evaluation), evaluation.machine
     task, (train_rows, _, _) = task_of(config, machine.data)
-    model, tokenizer = load_model(config["model"], machine.device, config["dtype"], machine.trust_remote_code)
+    model, tokenizer = load_model_of(config, machine)
     score = log_prob_function(model, tokenizer, task)
     texts = TrainingTexts(task, train_rows, evaluation.run, config["keep_unfinished"])
     return describe(texts.example(evaluation.show, score))
