@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.chat import end_of_turn
+from engine.chat import end_tokens, response_text
 
 
 @dataclass(frozen=True)
 class Response:
     """What a model answered."""
 
-    text: str  # without special tokens; ends right after the stop string where one was hit
+    text: str  # what judges and people see; ends right after the stop string where one was hit
     tokens: list[int]  # generated ids, with the end-of-turn token where there is one
     finished: bool  # False: the length limit cut it off
 
@@ -52,13 +52,7 @@ class Ending:
     """Tells whether a row has ended, and with what response."""
 
     def __init__(self, model, tokenizer, stop: str | None):
-        eos = model.generation_config.eos_token_id
-        self.eos = set(eos) if isinstance(eos, list) else {eos}
-        self.eos.add(tokenizer.eos_token_id)
-        if getattr(tokenizer, "chat_template", None):
-            self.eos.add(end_of_turn(tokenizer))  # what training_ids teaches the model to end with
-        self.eos.discard(None)
-
+        self.eos = end_tokens(tokenizer, model)  # what training_ids teaches is among them
         self.tokenizer = tokenizer
         self.stop = stop
         self.can_close = {}  # token -> can it complete the stop string?
@@ -72,7 +66,7 @@ class Ending:
             return None  # decoding is slow, and this token ends nothing
 
         tokens = row.tokens[row.start :]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = response_text(self.tokenizer, tokens)
         if self.stop and self.stop in text:
             end = text.index(self.stop) + len(self.stop)
             return Response(text[:end], tokens, finished=True)

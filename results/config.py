@@ -144,7 +144,7 @@ def read_comparison(run: Path) -> Comparison:
     names = {field.name for field in fields(Comparison)}
     shared = Comparison(**{name: value for name, value in settings.items() if name in names})
     files = brought_by_a_person(shared.files, shared.prompt_file)
-    if files and shared.contents != file_digests(files):
+    if files and shared.contents and shared.contents != file_digests(files):  # an older run kept no digests
         raise InputError(f"--out {run}: {', '.join(files)}: not the rows that the run was begun with; put "
                          "those back, or train anew with another --out")
     return shared

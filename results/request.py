@@ -8,7 +8,10 @@ from engine.model import usable_device
 from results.config import Machine, read_comparison
 from results.run_files import trained_methods
 from support.cli import InputError, one_line_error, positive_int
+from tasks import CUSTOM_FLAGS
 from tasks.benchmarks import BENCHMARKS, ZERO_SHOT, Scoring
+
+OF_THE_OWN_TASK = ("files", "contents", "judge", "max_new_tokens", *CUSTOM_FLAGS)  # settings of a run
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ def config_of(evaluation: Evaluation) -> dict:
     """The run's settings, with the other test rows that are asked for."""
     config = asdict(read_comparison(evaluation.run))
     if evaluation.task:
-        own = {"files": None, "judge": None, "max_new_tokens": None}  # are those of the run's own task
-        return config | own | {"trained_on": config["task"], "task": evaluation.task}
+        others = {"trained_on": config["task"], "task": evaluation.task}
+        return config | dict.fromkeys(OF_THE_OWN_TASK) | others
     if evaluation.test_file:
         if not config["files"]:
             raise InputError(

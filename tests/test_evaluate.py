@@ -197,8 +197,8 @@ def test_another_task_than_the_run_was_trained_on(run, capsys):
 def test_the_audit_draws_rows_and_reads_them_back(run, capsys):
     evaluate.main([f"--out={run}", "--audit=6"])
     sheet = (run / "audit.csv").read_text().splitlines()
-    assert len(sheet) == 7 and sheet[0].endswith(",human")
-    (run / "audit.csv").write_text("\n".join([sheet[0], *(line + "yes" for line in sheet[1:])]))
+    assert len(sheet) == 7 and sheet[0].endswith(",human,likert,human2")
+    (run / "audit.csv").write_text("\n".join([sheet[0], *(line.removesuffix(",,") + "yes,," for line in sheet[1:])]))
     evaluate.main([f"--out={run}", "--audit=6"])
     accepted = sum(row["accepted"] for row in read_jsonl(run / "audit.jsonl"))
     assert 0 < accepted < 6 and f"false reject: {6 - accepted} of 6" in capsys.readouterr().out

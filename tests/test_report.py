@@ -1,0 +1,213 @@
+"""The report's tables against the paper and hand calculations, several calls and runs, and faulty run folders."""
+
+import json
+
+import pytest
+
+import evaluate
+import s3ft
+from results import tables
+from results.paper import GENERAL, PAPER_BENCHMARKS, paper_drop
+from results.run_files import finite, read_answers, read_costs, unused_answers
+from results.table_4 import benchmarks_table, mean_drop, merge_benchmarks
+from support.cli import InputError, exit_cleanly
+from support.files import read_jsonl, write_json, write_jsonl
+
+ROWS = [{"id": f"q{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(4)]
+SETTINGS = {"num_fewshot": 0, "apply_chat_template": False, "add_bos": False, "limit": None, "sampled": False}
+
+
+def score(acc: float, n: int = 100, **settings) -> dict:
+    return {"n": n, "acc": acc, "mean": acc, "mc1": acc, "mc2": acc, "settings": SETTINGS | settings}
+
+
+# ------------------------------------------------------------------------------ Table 4
+
+
+def test_the_papers_drops_are_those_that_its_text_quotes():
+    quoted = {"sft": (4.4, 2.7, 5.8), "s3ft": (2.5, 1.0, 2.5)}
+    for method, drops in quoted.items():
+        assert tuple(paper_drop(task, method) for task in ("gsm8k", "mbpp", "nq")) == drops
+
+
+def test_the_mean_drop_adds_the_variances_of_independent_benchmarks():
+    """Half-widths of 3 and 4 points: the half-width of the mean is sqrt(9 + 16) / 2 = 2.5."""
+    drops = [{"drop": 0.10, "interval": [0.07, 0.13]}, {"drop": 0.02, "interval": [-0.02, 0.06]}]
+    assert mean_drop(drops) == pytest.approx((0.06, 0.035, 0.085))
+    assert mean_drop([*drops, {"drop": 0.0, "interval": [None, None]}])[1:] == (None, None)
+
+
+def test_table_4_shows_the_papers_stored_average_and_drop():
+    scores = {name: score(0.5) for name in GENERAL}
+    drop = {name: {"drop": 0.1, "interval": [0.08, 0.12]} for name in GENERAL}
+    models = {"base": {"benchmarks": {"scores": scores}}, "sft": {"benchmarks": {"scores": scores, "drop": drop}}}
+    text = benchmarks_table({"config": {"task": "gsm8k"}, "models": models})
+    assert "| s3ft in the paper | 58.2 | 53.7 | 63.2 | 73.5 | 62.1 | 2.5 |" in text
+    assert "| sft | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 | 10.0 (9.0 to 11.0) |" in text
+    assert PAPER_BENCHMARKS["mbpp"]["s3ft"][-1] == 63.6
+
+
+def test_another_task_and_a_generated_benchmark_have_room_outside_the_average():
+    scores = {"winogrande": score(0.75), "ifeval": {"n": 541, "prompt_level_strict": 0.25}}
+    against = {"difference": -0.2, "interval": [-0.3, -0.1]}
+    results = {
+        "config": {"task": "mbpp"},
+        "models": {"base": {"benchmarks": {"scores": scores}}, "sft": {}},
+        "elsewhere": {"gsm8k": {"base": {"accuracy": 0.4}, "sft": {"accuracy": 0.2, "against_base": against}}},
+    }
+    lines = benchmarks_table(results).splitlines()
+    assert lines[2] == "| base | 75.0 | 25.0 | 75.0 |  |  | 40.0 |  |"
+    assert lines[3] == "| sft |  |  |  |  |  | 20.0 | 20.0 (10.0 to 30.0) |"
+
+
+def test_a_second_call_adds_to_the_first():
+    models = {"base": {"benchmarks": {"scores": {"mmlu": score(0.5, num_fewshot=5)}}}}
+    earlier = {"mmlu": score(0.4, limit=2), "hellaswag": score(0.3)}
+    merge_benchmarks(models, {"base": {"benchmarks": {"scores": earlier}}})
+    scores = models["base"]["benchmarks"]["scores"]
+    assert {column: found["acc"] for column, found in scores.items()} == {
+        "mmlu": 0.5, "mmlu, 0-shot, first 2": 0.4, "hellaswag": 0.3}
+
+    again = {"base": {"benchmarks": {"scores": {"mmlu": score(0.6, num_fewshot=5)}}}}
+    merge_benchmarks(again, models)
+    assert again["base"]["benchmarks"]["scores"]["mmlu"]["acc"] == 0.6
+    assert len(again["base"]["benchmarks"]["scores"]) == 3
+
+
+# ------------------------------------------------------------------------------ the files of a run
+
+
+def test_a_response_that_was_cut_off_is_not_used_and_counted(tmp_path):
+    texts = ["The answer is 4.", "4 and on", r"\boxed{4} of 7", "no"]
+    rows = [{"id": str(i), "response": text, "finished": i != 1} for i, text in enumerate(texts)]
+    write_jsonl(tmp_path / "predictions.jsonl", rows)
+    verdicts = [{"id": str(i), "accepted": i < 2} for i in range(4)]
+    write_jsonl(tmp_path / "predictions.judged.jsonl", verdicts)
+    usable = [y.usable for y in read_answers(tmp_path, "predictions").values()]
+    assert usable == [True, False, False, False]
+    assert read_answers(tmp_path, "predictions", keep_unfinished=True)["1"].usable
+    assert unused_answers(tmp_path, False, numeric=True) == {"predictions": {"cut_off": 1, "marks_another_number": 1}}
+
+
+def test_costs_are_summed_over_calls(tmp_path):
+    row = {"stage": "predictions", "calls": 2, "tokens": 10, "seconds": 1.5}
+    write_jsonl(tmp_path / "costs.jsonl", [row, row, row | {"stage": "judge:predictions", "tokens": 0}])
+    write_jsonl(tmp_path / "sft" / "costs.jsonl", [row | {"stage": "test"}, row | {"stage": "test.judged"}])
+    training = {"sft": {"minutes": 2.0, "steps": 5, "tokens": 100}}
+    found = {(row["stage"], row["model"]): row for row in read_costs(tmp_path, training)}
+    assert found["predict", "base"] | {"stage": "", "model": ""} == {
+        "stage": "", "model": "", "calls": 4, "tokens": 20, "seconds": 3.0}
+    assert found["train", "sft"]["seconds"] == 120 and found["evaluate", "sft"]["seconds"] == 3.0
+    assert ("judge predictions", "base") in found
+
+
+def test_json_has_no_infinity():
+    value = finite({"a": [float("inf"), 1.5], "b": (float("nan"), None, "x")})
+    assert json.loads(json.dumps(value, allow_nan=False)) == {"a": [None, 1.5], "b": [None, None, "x"]}
+
+
+# ------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A finished run of s3ft and sft, in which each branch has a row."""
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    out = tmp_path / "run"
+    for kind, right in (("predictions", "q0"), ("paraphrases", "q1")):
+        rows = [{"id": x["id"], "response": x["answer"] if x["id"] == right else "no"} for x in ROWS]
+        write_jsonl(out / f"{kind}.jsonl", rows)
+    files = [f"--{split}-file={tmp_path / 'rows.jsonl'}" for split in ("train", "val", "test")]
+    for method in ("s3ft", "sft"):
+        s3ft.main(["--task=custom", "--judge=numeric", f"--method={method}", f"--model={tiny}", f"--out={out}", *files,
+                   "--steps=2", "--max-new-tokens=4", "--device=cpu"])
+    return out
+
+
+def test_the_report_shows_a_row_of_each_branch_notes_and_costs(run):
+    (run / "sft" / "note.md").write_text("Nothing was selected.\n")
+    evaluate.main([f"--out={run}", "--device=cpu"])
+    results = json.loads((run / "results.json").read_text())
+    assert [(x["id"], x["target"]) for x in results["examples"][:3]] == [
+        ("q0", "prediction"), ("q1", "paraphrase"), ("q2", "gold")]
+    shown = results["examples"][1]
+    assert shown["texts"] == {"gold": "2", "prediction": "no", "paraphrase": "2"}
+    assert shown["log_p"]["gold"] == shown["log_p"]["paraphrase"]  # the same text
+    for row in results["log_probabilities"]["beside_gold"]:
+        assert row["response"] == row["gold"]  # these responses are the gold's own text
+    report = (run / "report.md").read_text()
+    assert "sft: Nothing was selected." in report and "## What D' costs" in report
+    assert {row["stage"] for row in results["costs"]} >= {"train", "evaluate"}
+
+
+def test_show_prints_a_row_and_refuses_an_unknown_one(run, capsys):
+    evaluate.main([f"--out={run}", "--device=cpu", "--show=q1"])
+    out = capsys.readouterr().out
+    assert "**Row q1, target: ỹ" in out and "rejected: log p = " in out and "a token" in out
+    with pytest.raises(InputError, match="no training row has this id"):
+        evaluate.main([f"--out={run}", "--device=cpu", "--show=zz"])
+
+
+def test_another_test_file_leaves_the_runs_own_results(run, tmp_path):
+    write_jsonl(tmp_path / "other.jsonl", ROWS[:3])
+    evaluate.main([f"--out={run}", "--device=cpu", f"--test-file={tmp_path / 'other.jsonl'}"])
+    results = json.loads((run / "on_other" / "results.json").read_text())
+    assert results["models"]["sft"]["n"] == 3 and not (run / "results.json").exists()
+
+
+def test_the_base_model_stands_under_both_prompts_where_they_differ(run, monkeypatch):
+    load = evaluate.task_of
+
+    def with_another_train_prompt(config, data):
+        task, splits = load(config, data)
+        return evaluate.Task(**{**vars(task), "train": task.predict + " Answer:"}), splits
+
+    monkeypatch.setattr(evaluate, "task_of", with_another_train_prompt)
+    evaluate.main([f"--out={run}", "--device=cpu"])
+    models = json.loads((run / "results.json").read_text())["models"]
+    assert list(models)[:2] == ["base", "base (train prompt)"]
+    assert len(read_jsonl(run / "base" / "train_prompt" / "test.jsonl")) == 4
+
+
+def test_several_runs_become_one_page(run, tmp_path, capsys):
+    evaluate.main([f"--out={run}", "--device=cpu"])
+    capsys.readouterr()
+    tables.main([str(run), str(run), f"--out={tmp_path / 'tables.md'}"])
+    page = (tmp_path / "tables.md").read_text()
+    assert "## Table 2" in page and "| custom | s3ft | 4 | 25.0 | 25.0 | 50.0 |" in page
+    with pytest.raises(InputError, match="no results.json of a run"):
+        tables.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--model=M", "--benchmarks=mmlu"], "a run's folder"),
+    (["--model=M", "--benchmarks=mmlu", "--task=nq"], "leave --model out"),
+    (["--audit=5", "--benchmarks=mmlu"], "stands alone"),
+    (["--benchmarks=winogrande", "--num-fewshot=2"], "only mmlu"),
+    (["--sampled"], "go with --benchmarks"),
+    (["--task=nq", "--test-file=F"], "give one of them"),
+])
+def test_flags_that_would_be_ignored_or_do_harm_are_refused(tmp_path, flags, message, capsys):
+    write_json(tmp_path / "config.json", {"task": "gsm8k", "model": "M"})
+    with pytest.raises(SystemExit) as end:
+        exit_cleanly(lambda: evaluate.main([f"--out={tmp_path}", *flags]))
+    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_older_run_is_still_measured(run):
+    """config.json without settings that came later, training.json without figures that came later."""
+    config = json.loads((run / "config.json").read_text())
+    for name in ("dtype", "limit", "contents", "keep_unfinished", "date", "weights"):
+        config.pop(name)
+    write_json(run / "config.json", config)
+    write_json(run / "sft" / "training.json", {"method": "sft", "minutes": 1.0})
+    evaluate.main([f"--out={run}", "--device=cpu"])
+    assert "| sft |  |  |  |  |" in (run / "report.md").read_text()
+
+
+@pytest.mark.parametrize("file", ["config.json", "sft/training.json", "results.json"])
+def test_a_list_in_place_of_settings_is_refused_in_one_line(run, file):
+    write_json(run / file, [1])
+    with pytest.raises(InputError, match="expected a JSON object"):
+        evaluate.main([f"--out={run}", "--device=cpu"])
