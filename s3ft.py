@@ -139,7 +139,7 @@ def load(job: Job):
     shared, machine = job.shared, job.machine
     task, splits, tokenizer, rehearsal = preview.rehearse(METHODS[job.method], job)
     announce_sandbox(task, machine.sandbox)
-    for line in preview.warnings(task, splits, rehearsal, job):
+    for line in (*preview.plan(task, splits, rehearsal, job), *preview.warnings(task, splits)):
         print(line, flush=True)
 
     model, tokenizer = load_model(
@@ -155,6 +155,8 @@ def load(job: Job):
         raise InputError(str(error)) from None
     for line in (*check_template(model, tokenizer), *trial.check(model, tokenizer)):
         print(line, flush=True)
+    if job.adapter.target_modules == "all-linear" and lora.left_out(model):
+        print(f"left out of all-linear: {', '.join(lora.left_out(model))}", flush=True)
 
     keep(job.run / "config.json", asdict(replace(shared, weights=weights)))
     keep(job.folder / "config.json", job.recorded())

@@ -8,6 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -18,7 +19,8 @@ from engine import trial
 from support import ranks
 from support.cli import InputError
 
-transformers.logging.disable_progress_bar()
+transformers.logging.disable_progress_bar()  # of loading weights. It silences downloads as well:
+huggingface_hub.utils.enable_progress_bars()
 
 # What a date format of a chat template may hold (Llama 3.2: "%d %b %Y").
 CLOCK_DIRECTIVES = "%-d %-m %a %A %b %B %d %e %F %H %I %j %m %M %p %S %T %y %Y".split()
@@ -37,7 +39,9 @@ def best_device() -> str:
 
 def usable_device(name: str | None) -> str:
     """The device of that name, or the best there is. InputError: this machine has none."""
-    name = name or best_device()
+    if name is None:
+        refuse_unusable_driver()
+        name = best_device()
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
@@ -45,6 +49,14 @@ def usable_device(name: str | None) -> str:
     if name.startswith("cuda"):
         torch.cuda.set_device(name)
     return name
+
+
+def refuse_unusable_driver() -> None:
+    """InputError: there is an NVIDIA card that this torch cannot use. Hours on the CPU would be a surprise."""
+    built_for = torch.version.cuda
+    if built_for and Path("/dev/nvidiactl").exists() and not torch.cuda.is_available():
+        raise InputError(f"there is an NVIDIA card, but torch, built for CUDA {built_for}, cannot use it: "
+                         "nvidia-smi shows the newest CUDA that the driver serves. --device cpu goes on without")
 
 
 def peak_memory_gib() -> float:
@@ -67,8 +79,21 @@ def loading_error_as_one_line(name: str):
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if _is_refused_by_the_hub(error):
+            raise InputError(f"--model {name}: the hub refuses it. Accept its conditions on "
+                             f"https://huggingface.co/{name} and set HF_TOKEN to a token that may read") from None
         one_line = " ".join(str(error).split())
         raise InputError(f"--model {name}: cannot be loaded ({one_line[:300]})") from None
+
+
+def _is_refused_by_the_hub(error: BaseException | None) -> bool:
+    """Did the hub answer 401 or 403, the model being gated or private?"""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if getattr(response, "status_code", None) in (401, 403) or "gated repo" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def load_tokenizer(

@@ -95,16 +95,9 @@ def rehearse(method: Callable, job: Job) -> tuple[Task, Splits, object, Rehearsa
 # ------------------------------------------------------------------------------ what looks wrong
 
 
-def warnings(task: Task, splits: Splits, rehearsal: Rehearsal, job: Job) -> list[str]:
-    """What was chosen for a person's own rows, and a line for each thing that makes the result doubtful.
-
-    These checks cost seconds.
-    """
-    lines = [task.note] if task.note else []
-    lines += [*unacceptable_golds(task, splits[0]), *shared_rows(splits)]
-    if job.machine.device == "cpu":
-        lines.append(cpu_hours(rehearsal, job))
-    return lines
+def warnings(task: Task, splits: Splits) -> list[str]:
+    """A line for each thing that makes training or its result doubtful. These checks cost seconds."""
+    return [*unacceptable_golds(task, splits[0]), *shared_rows(splits)]
 
 
 def unacceptable_golds(task: Task, D: list[Example]) -> list[str]:
@@ -143,13 +136,36 @@ def first(ids: list[str]) -> str:
 # ------------------------------------------------------------------------------ how long it will take
 
 
-def cpu_hours(rehearsal: Rehearsal, job: Job) -> str:
+def plan(task: Task, splits: Splits, rehearsal: Rehearsal, job: Job) -> list[str]:
+    """What will be done, and what it takes, in a few lines."""
+    sizes = ", ".join(f"{len(rows)} {split}" for split, rows in zip(SPLITS, splits, strict=True))
+    weights = count_weights(job.shared.model, job.machine.trust_remote_code)
+    bytes_a_weight = 2 if job.shared.dtype == "bfloat16" else 4
+    lines = [
+        f"{job.shared.model}: {weights / 1e9:.2f} billion weights, {weights * bytes_a_weight / 2**30:.1f} GiB in "
+        f"{job.shared.dtype}, on {job.machine.device}",
+        f"rows: {sizes}; judge: {task.judge}",
+        f"1. at most {rehearsal.responses} responses of at most {task.max_new_tokens} tokens, and their verdicts",
+        f"2. training: {settings_in_words(job.recorded())}",
+    ]
+    if task.note:
+        lines.append(task.note)
+    if rehearsal.lengths:
+        lengths = sorted(rehearsal.lengths)
+        median, longest = lengths[len(lengths) // 2], lengths[-1]
+        lines.append(f"prompt and gold: {median} tokens (median), {longest} (longest); the model's context "
+                     f"holds {rehearsal.longest}")
+    if job.machine.device == "cpu":
+        lines.append(cpu_hours(rehearsal, job, weights))
+    return lines
+
+
+def cpu_hours(rehearsal: Rehearsal, job: Job, weights: int) -> str:
     """What a run without a GPU will cost, without validation.
 
     A response is taken to be as long as a gold row. A weight costs 2 operations a token forward, and 4 in a
     LoRA step: frozen weights have no gradient.
     """
-    weights = count_weights(job.shared.model, job.machine.trust_remote_code)
     speed = product_rate()
     row = sum(rehearsal.lengths) / len(rehearsal.lengths) if rehearsal.lengths else 256
     tokens = row * (2 * rehearsal.responses + 4 * job.training.steps * job.training.batch_size)
@@ -174,19 +190,7 @@ def product_rate() -> float:
 def page(method: Callable, job: Job) -> str:
     """What --dry-run says: limits, lengths, what looks wrong, what is there, and three rows as seen."""
     task, splits, tokenizer, rehearsal = rehearse(method, job)
-    sizes = ", ".join(f"{len(rows)} {split}" for split, rows in zip(SPLITS, splits, strict=True))
-    lines = [
-        f"rows: {sizes}; judge: {task.judge}",
-        f"a response has at most {task.max_new_tokens} tokens; at most {rehearsal.responses} are to be made",
-        f"training: {settings_in_words(job.recorded())}",
-    ]
-    if rehearsal.lengths:
-        lengths = sorted(rehearsal.lengths)
-        median, longest = lengths[len(lengths) // 2], lengths[-1]
-        lines.append(f"prompt and gold: {median} tokens (median), {longest} (longest); the model's context "
-                     f"holds {rehearsal.longest}")
-    lines += warnings(task, splits, rehearsal, job)
-    lines += there_already(job.run)
+    lines = [*plan(task, splits, rehearsal, job), *warnings(task, splits), *there_already(job.run)]
     for x in splits[0][:3]:
         to_predict = chat_ids(tokenizer, prompt(task.predict, x))
         lines += ["", f"--- row {x.id}, to predict", tokenizer.decode(to_predict)]

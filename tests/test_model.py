@@ -1,5 +1,8 @@
 """Packed rows against one row at a time: the same logits, loss and gradients for every kind of model."""
 
+from types import SimpleNamespace
+
+import huggingface_hub
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,7 +19,7 @@ from transformers import (
 
 from engine.attention import masked_attention, packed_attention
 from engine.forward import HeadLoss, common_prefix, split_by_tokens
-from engine.model import load_model
+from engine.model import load_model, loading_error_as_one_line
 from engine.packed import log_probs, target_logits, target_loss
 from engine.trial import ways_of
 from support.cli import InputError
@@ -184,3 +187,23 @@ def test_weights_in_pickle_files_are_refused(tiny, tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(str(tmp_path))
+
+
+def test_a_gated_model_is_one_line_that_says_what_to_do():
+    response = SimpleNamespace(status_code=401)
+
+    def refused():
+        error = OSError("401 Client Error")
+        error.response = response
+        raise OSError("no access") from error
+
+    with pytest.raises(InputError, match=r"Accept its conditions on https://huggingface.co/a/b and set HF_TOKEN"):
+        with loading_error_as_one_line("a/b"):
+            refused()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        with loading_error_as_one_line("a/b"):
+            raise OSError("no such file")
+
+
+def test_downloads_show_their_progress():
+    assert not huggingface_hub.utils.are_progress_bars_disabled()

@@ -257,4 +257,4 @@ def test_a_dry_run_shows_what_the_model_will_see_and_makes_nothing(command, caps
     assert "1 of 13 golds are rejected by their own judge (numeric): x." in page
     assert "12 of 12 validation rows are training rows too" in page
     assert "What is 0 + 0?<|end|><|assistant|>|0|<|end|>|" in page
-    assert "at most 26 are to be made" in page and not Path(out).exists()
+    assert "at most 26 responses of at most 6 tokens" in page and not Path(out).exists()
