@@ -142,7 +142,7 @@ def _whole_numbers():
 
 
 def draw_sources(results: dict, path: Path) -> bool:
-    """Where the targets of each method come from, one bar a method, the paper's S3FT below -> was it drawn?"""
+    """Where the targets come from, one bar a method, the paper's S3FT below -> was it drawn?"""
     bars = {}
     for name, model in results["models"].items():
         sources = model.get("training", {}).get("sources")
@@ -164,7 +164,8 @@ def draw_sources(results: dict, path: Path) -> bool:
             for source, share in zip(BRANCHES, shares, strict=True):
                 axes.barh(place, share, left=left, height=0.7, color=KIND_COLOUR[source])
                 if share >= 5:
-                    axes.text(left + share / 2, place, f"{share:.1f}", ha="center", va="center", color="white")
+                    center = left + share / 2
+                    axes.text(center, place, f"{share:.1f}", ha="center", va="center", color="white")
                 left += share
         for source, x in zip(BRANCHES, (0, 38, 76), strict=True):
             axes.text(x, -0.75, KIND_LABEL[source], color=KIND_COLOUR[source], weight="bold")

@@ -53,9 +53,9 @@ def heading(results: dict) -> list[str]:
     n = results["models"]["base"]["n"]
     return [
         f"# {config['task']}{trained_on}: {config['model']}",
-        f"{machine['date']}, {machine['device']}, torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"peak memory of the evaluation {machine['peak_memory_gib']} GiB; "
-        f"{n} test rows{limit}, judge: {config['judge'] or 'the task’s own'}.",
+        f"{machine['date']}, {machine['device']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, peak memory of the evaluation {machine['peak_memory_gib']} "
+        f"GiB; {n} test rows{limit}, judge: {config['judge'] or 'the task’s own'}.",
     ]
 
 
@@ -64,18 +64,18 @@ def accuracy_section(results: dict) -> list[str]:
     parts = [
         "## In-domain accuracy (Table 2) and drift",
         tables.accuracy_table(results),
-        "Intervals: Wilson. Against SFT: difference in points on the same rows, McNemar's exact test. Drift: mean "
-        "KL(base || tuned) per token, in nats, over the base model's own responses. General drift is the one to read "
-        "first. Drift on the task is measured on answers of the base model, and on such answers S3FT trains. So it is "
-        "low there by construction. Minutes: training alone.",
-        f"Length limit hit: {counts(models, 'length_limit_hit')}. Unreadable verdicts, counted as not accepted: "
-        f"{counts(models, 'unreadable_verdicts')}.",
+        "Intervals: Wilson. Against SFT: difference in points on the same rows, McNemar's exact test. Drift: "
+        "mean KL(base || tuned) per token, in nats, over the base model's own responses. General drift is "
+        "the one to read first. Drift on the task is measured on answers of the base model, and on such "
+        "answers S3FT trains. So it is low there by construction. Minutes: training alone.",
+        f"Length limit hit: {counts(models, 'length_limit_hit')}. "
+        f"Unreadable verdicts, counted as not accepted: {counts(models, 'unreadable_verdicts')}.",
     ]
     if len([name for name in models if name.startswith("base")]) > 1:
         parts.append(
-            "`base (train prompt)` is the base model under the prompt that trained models get. The paper accepts 49.5 % of "
-            "its responses to GSM8K's training questions and scores 40.3 % on the test questions, which one prompt does "
-            "not explain.")
+            "`base (train prompt)` is the base model under the prompt that trained models get. The paper "
+            "accepts 49.5 % of its responses to GSM8K's training questions and scores 40.3 % on the test "
+            "questions, which one prompt does not explain.")
     return parts
 
 
@@ -94,8 +94,9 @@ def sources_section(results: dict, run: Path) -> list[str]:
                 f"(the judge accepts {unused['cut_off']} of these, which are not used) and "
                 f"{found['unreadable_verdicts']} had an unreadable verdict, counted as not accepted.")
         if "marks_another_number" in unused:
-            text += (f" {unused['marks_another_number']} mark their answer (\\boxed, ####, \"the answer is\") and end in "
-                     "another number, which is what the judge reads.")
+            marked = unused["marks_another_number"]
+            text += (f" {marked} mark their answer (\\boxed, ####, \"the answer is\") "
+                     "and end in another number, which is what the judge reads.")
         parts.append(text)
     for name, note in results["notes"].items():
         parts.append(f"{name}: {note}")
@@ -141,8 +142,8 @@ def beside_gold_table(scores: dict) -> list[str]:
               "likelier than the gold"]
     return [
         markdown_table(header, rows),
-        f"{scores['n']} random training rows ({scores['rows']}), each response beside the gold of its own row. The sum "
-        "favours a short text, whoever wrote it. The mean over the tokens does not.",
+        f"{scores['n']} random training rows ({scores['rows']}), each response beside the gold of its own "
+        "row. The sum favours a short text, whoever wrote it. The mean over the tokens does not.",
     ]
 
 
@@ -175,8 +176,8 @@ def reading_section(results: dict) -> list[str]:
     return [
         "## Reading comprehension, as SSR reports it",
         tables.reading_table(results),
-        "Recall, modified recall (our definition), answerability: see `results/reading_scores.py`. Recall rewards a long "
-        "answer. Exact match and F1 do not: read them beside it.",
+        "Recall, modified recall (our definition), answerability: see `results/reading_scores.py`. "
+        "Recall rewards a long answer. Exact match and F1 do not: read them beside it.",
     ]
 
 
@@ -196,7 +197,8 @@ def costs_section(results: dict) -> list[str]:
     return [
         "## What D' costs",
         tables.costs_table(results),
-        "Every call of a stage, and the tokens that it generated; of training, its steps and the tokens of prompts and "
-        "targets. The base model's answers are made once and serve every method. What was made by another engine, and "
-        "drift and the general benchmarks, are not counted. The paper: one A100 80 GB, predictions with vLLM.",
+        "Every call of a stage, and the tokens that it generated. Of training, its steps and the tokens of "
+        "prompts and targets. The base model's answers are made once and serve every method. What another "
+        "engine made, drift, and the general benchmarks are not counted. "
+        "The paper: one A100 80 GB, predictions with vLLM.",
     ]

@@ -145,7 +145,8 @@ def alone_from(args) -> Alone:
         raise InputError(
             f"--out {args.out}: a run's folder, whose results --model would overwrite; take another")
     names = tuple(args.benchmarks)
-    return Alone(args.model, args.adapter, args.dtype, args.out, machine_from(args), names, scoring_from(args))
+    scoring = scoring_from(args)
+    return Alone(args.model, args.adapter, args.dtype, args.out, machine_from(args), names, scoring)
 
 
 def evaluation_from(args) -> Evaluation:
@@ -153,8 +154,9 @@ def evaluation_from(args) -> Evaluation:
     if args.adapter or args.dtype:
         raise InputError("--adapter and --dtype go with --model; a run's own are in its folder")
     if args.task == "custom":
-        raise InputError("--task custom: only a built-in task can be measured on a run that was trained on another; "
-                         "another file of your own is --test-file FILE")
+        raise InputError(
+            "--task custom: only a built-in task can be measured on a run that was trained on another; "
+            "another file of your own is --test-file FILE")
     if args.task and args.test_file:
         raise InputError("--task and --test-file: each takes other test rows; give one of them")
     if args.audit or args.show:

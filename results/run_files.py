@@ -119,7 +119,7 @@ def unused_answers(run: Path, keep_unfinished: bool, numeric: bool) -> dict[str,
 
 
 def compare(models: dict[str, dict], folders: dict[str, Path], ids: list[str]) -> None:
-    """Add each model's paired comparisons over the test rows `ids`, against SFT and against the base model."""
+    """Add each model's paired comparisons over the test rows `ids`, against SFT and against base."""
     verdicts = {}
     for name, folder in folders.items():
         rows = read_jsonl(folder / "test.judged.jsonl", ("id", "accepted"))

@@ -215,9 +215,9 @@ def benchmarks_section(results: dict) -> list[str]:
     if halves:
         parts.append(f"`truthfulqa` is the mean of mc1 and mc2 ({', '.join(halves)}).")
     parts.append(
-        "Drops: against the base model, on the same documents, intervals of paired differences. Average and mean "
-        "drop are over the paper's four benchmarks, or those of them that are there. The paper's average and drop "
-        "are those it prints.")
+        "Drops: against the base model, on the same documents, intervals of paired differences. Average and "
+        "mean drop are over the paper's four benchmarks, or those of them that are there. The paper's "
+        "average and drop are those it prints.")
     if models:
         parts.append(settings_table(models))
     return parts

@@ -20,6 +20,8 @@ from results.table_4 import benchmarks_section
 from support.cli import InputError, exit_cleanly, one_line_error
 from support.files import write_text
 
+SOURCES_HEADER = ["model responses %", "gold paraphrases %", "gold responses %"]
+
 # ------------------------------------------------------------------------------ one run
 
 
@@ -27,8 +29,8 @@ def accuracy_table(results: dict) -> str:
     """Table 2: accuracy with its interval, and each method against SFT on the same rows."""
     paper = paper_row(PAPER_ACCURACY, results) or {}
     rows = [accuracy_row(name, model, paper) for name, model in results["models"].items()]
-    header = ["accuracy %", "95 % interval", "against SFT", "drift general", "drift task", "training min", "paper %"]
-    return markdown_table(["method", *header], rows)
+    header = ["method", "accuracy %", "95 % interval", "against SFT", "drift general", "drift task"]
+    return markdown_table([*header, "training min", "paper %"], rows)
 
 
 def accuracy_row(name: str, model: dict, paper: dict) -> list[str]:
@@ -59,9 +61,6 @@ def sources_table(results: dict) -> str:
     if paper:
         rows.append(["s3ft in the paper", "", *map(str, paper)])
     return markdown_table(["method", "rows", *SOURCES_HEADER], rows)
-
-
-SOURCES_HEADER = ["model responses %", "gold paraphrases %", "gold responses %"]
 
 
 def source_cells(sources: dict[str, int]) -> list[str]:
@@ -138,8 +137,9 @@ def merged_tables(runs: dict[str, dict]) -> str:
     for folder, results in runs.items():
         machine = results["machine"]
         config = results["config"]
-        lines.append(f"- {folder}: {config['task']}, {config['model']}, {machine['date']}, {machine['device']}, "
-                     f"{results['models']['base']['n']} test rows")
+        n = results["models"]["base"]["n"]
+        lines.append(f"- {folder}: {config['task']}, {config['model']}, {machine['date']}, "
+                     f"{machine['device']}, {n} test rows")
     parts.append("\n".join(lines))
     parts += ["## Table 2: in-domain accuracy", merged_accuracy(runs)]
     parts += ["## Table 3: where the training targets come from", merged_sources(runs)]
@@ -191,7 +191,7 @@ def main(argv=None) -> None:
     about = "Several runs in the paper's Tables 2 to 4."
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.error = one_line_error
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that evaluate.py measured")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="which evaluate.py measured")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there too")
     args = parser.parse_args(argv)
     text = merged_tables({str(run): read_run(run) for run in args.runs})
