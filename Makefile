@@ -85,7 +85,7 @@ gsm8k mbpp nq: $(VENV)/ready
 		--benchmarks mmlu --limit $(shell expr \( $(LIMIT) + 56 \) / 57) --sampled)
 
 tables: $(VENV)/ready
-	$(PY) -m results.tables $(foreach task,gsm8k mbpp nq,runs/$(call run_name,$(task)))
+	$(PY) -m results.tables $(foreach task,gsm8k mbpp nq,runs/$(call run_name,$(task))) --out runs/tables.md
 
 gpu-smoke: $(VENV)/ready $(SMOL)/config.json
 	$(PY) -m bench.smoke --model $(SMOL) --data $(DATA) --out runs/gpu-smoke

@@ -217,8 +217,20 @@ def left_out(model: nn.Module) -> list[str]:
     return [name for name, module in linears.items() if module is not head and not _is_plain(module)]
 
 
+@torch.no_grad()
 def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    """Is the module an `nn.Linear` that computes W x + b and nothing else? One of another class is tried."""
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    x = torch.ones(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        found = module(x)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    expected = F.linear(x, module.weight, module.bias)
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def _head(model: nn.Module) -> nn.Module | None:

@@ -1,7 +1,11 @@
 """A tiny random chat model in a folder, made once: everything but its answers is as in a real one."""
 
+import os
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model that is nowhere is refused at once, not after five tries
+
+# ruff: noqa: E402, transformers reads the setting when it is imported
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -70,14 +70,15 @@ def test_drift_is_the_mean_kl_per_response_token(tuned, tiny):
     assert sum(terms) / len(terms) > 0.01
 
 
-def test_drift_is_kept_until_the_responses_change(tiny, tmp_path):
+def test_drift_is_kept_until_the_responses_or_the_model_change(tiny, tmp_path):
     model, tokenizer = load_model(str(tiny), "cpu")
     lora.inject(model, 4, 8, 0.0, ["q_proj"], seed=0)
     first = {"task": [("hello", "a reply")], "general": [("hello", "another")]}
     found = evaluate.kept_drift(model, tokenizer, first, tmp_path / "drift.json")
+    assert evaluate.kept_drift(model, tokenizer, first, tmp_path / "drift.json") == found == {"task": 0, "general": 0}
     for parameter in lora.parameters(model):
         torch.nn.init.normal_(parameter)
-    assert evaluate.kept_drift(model, tokenizer, first, tmp_path / "drift.json") == found == {"task": 0, "general": 0}
+    assert evaluate.kept_drift(model, tokenizer, first, tmp_path / "drift.json")["task"] > 0  # another model
     assert evaluate.kept_drift(model, tokenizer, first | {"task": [("hello", "other")]}, tmp_path / "drift.json")["task"] > 0
 
 
@@ -197,8 +198,8 @@ def test_another_task_than_the_run_was_trained_on(run, capsys):
 def test_the_audit_draws_rows_and_reads_them_back(run, capsys):
     evaluate.main([f"--out={run}", "--audit=6"])
     sheet = (run / "audit.csv").read_text().splitlines()
-    assert len(sheet) == 7 and sheet[0].endswith(",human,likert,human2")
-    (run / "audit.csv").write_text("\n".join([sheet[0], *(line.removesuffix(",,") + "yes,," for line in sheet[1:])]))
+    assert len(sheet) == 7 and sheet[0].endswith(",likert,human2,human")
+    (run / "audit.csv").write_text("\n".join([sheet[0], *(line + "yes" for line in sheet[1:])]))
     evaluate.main([f"--out={run}", "--audit=6"])
     accepted = sum(row["accepted"] for row in read_jsonl(run / "audit.jsonl"))
     assert 0 < accepted < 6 and f"false reject: {6 - accepted} of 6" in capsys.readouterr().out
