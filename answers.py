@@ -10,8 +10,8 @@ A row of predictions.jsonl, paraphrases.jsonl, samples.jsonl or test.jsonl:
     {"id": "train-0", "response": "... The answer is 72.", "tokens": [9707, ..., 2], "finished": true,
      "digest": "1f0c-..."}
 
-`tokens` are what the model generated, its end of turn included. They are trained on as they are. Judges and
-people see the text. `digest` tells what the row answers: prompt, limits and sampling, and model. A file made
+`tokens` are what the model generated, its end of turn included. They are trained on as they are, with an end
+of turn where the stop string ended them. Judges and people see the text. `digest` tells what the row answers: prompt, limits and sampling, and model. A file made
 elsewhere needs `id` and `response` alone.
 """
 
@@ -35,7 +35,7 @@ from engine.decoding import Sampling
 from engine.model import context_length
 from engine.packed import log_probs
 from generate import generate
-from support import ranks, sandbox
+from support import numerals, ranks, sandbox
 from support.cli import InputError
 from support.files import RowFile, append_jsonl, digest
 
@@ -137,7 +137,7 @@ class BaseLM:
         if not tokens:
             return None
         ended = tokens[-1] in end_tokens(self.tokenizer, self.model)
-        if row["finished"] and not ended:
+        if row.get("finished", True) and not ended:
             return (*tokens, end_of_turn(self.tokenizer))
         return tuple(tokens)
 
@@ -331,12 +331,13 @@ def judge_answers(
 
 
 def judge_digest(model, name: str) -> str:
-    """What a judge is: its prompt and the base model, or the source of the module that its function is in."""
+    """What a judge is: its prompt and the base model, or the source of its function and of what that uses."""
     if name == "llm":
         with lora.disabled(model):
             return digest(judges.LLM_JUDGE, fingerprint(model))
     module = inspect.getmodule(judges.JUDGES[name])
-    return digest(name, inspect.getsource(module))
+    sources = [inspect.getsource(part) for part in (module, numerals, sandbox)]
+    return digest(name, sources)
 
 
 def ask_base_model(model, tokenizer):

@@ -1,4 +1,4 @@
-"""Prompts -> greedy responses, fast: one engine for predictions, paraphrases, the LLM judge and evaluation.
+"""Prompts -> responses, greedy or drawn: one engine for selection, the LLM judge and evaluation.
 
 Covered: any Hugging Face causal model whose attention keeps keys and values, with sliding windows or chunks
 too (Llama, Mistral, Qwen, Gemma, gpt-oss, Phi, ...), on CPU and GPU, with LoRA layers or without. A trial
@@ -165,7 +165,7 @@ class SlotDecoder:
             yield from self.step()
 
     def step(self) -> Iterator[tuple[int, Response]]:
-        """Read new rows in where slots are free, else generate one more token of every running row."""
+        """Read new rows in where enough slots are free, else generate one more token of every running row."""
         new_rows = self.admit()
         if new_rows:
             self.running.extend(new_rows)
@@ -233,6 +233,7 @@ class SlotDecoder:
         groups = [self.group_of[row.index] for row in new_rows]
         sources = [slot_with_prefix[group] for group in groups]
         targets = range(first_new, len(self.running))
+        # All at once, so that a slot may be source and target.
         self.cache.copy(sources, targets, length=max(group.shared for group in groups))
         own_tokens = [len(row.tokens) - group.shared for row, group in zip(new_rows, groups, strict=True)]
         return self.forward(first_new, [row.tokens for row in new_rows], width=max(own_tokens))

@@ -1,4 +1,4 @@
-"""Line 16 of Algorithm 1: train the adapter on D', and keep the best checkpoint (A.3).
+"""Line 16 of Algorithm 1: train the adapter on D', and keep the best one (A.3).
 
 The loss is -Σ log p(y_t | x, y_<t) over the target tokens of a batch, divided by their number. Prompt tokens
 are no targets.
@@ -132,7 +132,7 @@ def training_step(model, optimizer, rows: list[Row], settings: TrainingSettings)
     mine = ranks.share(rows)  # with torchrun, this process's part
     total_loss = 0.0
     for start in range(0, len(mine), settings.micro_batch):
-        total_loss += backward(model, mine[start : start + settings.micro_batch], target_tokens, settings)
+        total_loss += accumulate_gradients(model, mine[start : start + settings.micro_batch], target_tokens, settings)
 
     parameters = lora.parameters(model)
     ranks.sum_gradients(parameters)
@@ -143,7 +143,7 @@ def training_step(model, optimizer, rows: list[Row], settings: TrainingSettings)
     return mean_loss, target_tokens
 
 
-def backward(model, micro_batch: list[Row], target_tokens: int, settings: TrainingSettings) -> float:
+def accumulate_gradients(model, micro_batch: list[Row], target_tokens: int, settings: TrainingSettings) -> float:
     """Add the gradients of a micro-batch -> its share of the batch's mean loss. InputError: out of memory."""
     try:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
@@ -181,8 +181,8 @@ def epoch_order(epoch: int, n: int, seed: int) -> list[int]:
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Other masks for every seed, step and process. The two primes keep their sums apart."""
-    torch.manual_seed(1_000_003 * seed + step + 7_919 * ranks.RANK)
+    """Other masks for every seed, step and process, for fewer than a million steps."""
+    torch.manual_seed(1_000_003 * seed + step + 1_000_003 * 2**32 * ranks.RANK)
 
 
 # ------------------------------------------------------------------------------ going on after a kill

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import engine.attention  # noqa: F401, registers the attention that is named "rows"
 
-Row = tuple[list[int], list[bool]]  # (ids, is_target), both [length]; see data.training_ids
+Row = tuple[list[int], list[bool]]  # (ids, is_target), both [length]; see engine.chat.training_ids
 
 
 @dataclass

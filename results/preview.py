@@ -55,7 +55,7 @@ class Rehearsal:
         prompts = {x.id: prompt(self.task.paraphrase, x, self.task.gold(x)) for x in D}
         return self.ask(D, prompts, "paraphrase")
 
-    def sample(self, D: list[Example], k: int) -> dict[str, list[Answer]]:
+    def sample(self, D: list[Example], k: int, sampling=None) -> dict[str, list[Answer]]:
         rejected = self.predict(D)
         self.responses += (k - 1) * len(D)
         return {id: [y] * k for id, y in rejected.items()}
