@@ -11,8 +11,8 @@ A row of predictions.jsonl, paraphrases.jsonl, samples.jsonl or test.jsonl:
      "digest": "1f0c-..."}
 
 `tokens` are what the model generated, its end of turn included. They are trained on as they are, with an end
-of turn where the stop string ended them. Judges and people see the text. `digest` tells what the row answers: prompt, limits and sampling, and model. A file made
-elsewhere needs `id` and `response` alone.
+of turn where the stop string ended them. Judges and people see the text. `digest` tells what the row answers:
+prompt, limits and sampling, and model. A file made elsewhere needs `id` and `response` alone.
 """
 
 import hashlib

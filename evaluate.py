@@ -202,8 +202,8 @@ class Measure:
             result["harness"] = harness_accuracy(pairs)
         return result
 
-    def _base_dialogues(self) -> dict[str, list[tuple[str, str]]]:
-        """The (user turn, base model's response) pairs that drift is measured over, of each kind."""
+    def _base_dialogues(self) -> dict[str, list[tuple]]:
+        """What drift is measured over, of each kind: (user turn, the base model's response, its tokens)."""
         folder = self.evaluation.folder("base")
         prompts = {x.id: prompt(self.task.predict, x) for x in self.test[:DRIFT_PROMPTS]}
         return {
@@ -218,9 +218,13 @@ class Measure:
         return score_benchmarks(self.model, self.tokenizer, evaluation, folder)
 
 
-def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple[str, str]]:
-    """Each prompt with its response in `path`, in the order of the file."""
-    return [(prompts[row["id"]], row["response"]) for row in read_jsonl(path) if row["id"] in prompts]
+def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:
+    """Each prompt with its response in `path` and that one's tokens, in the order of the file."""
+    dialogues = []
+    for row in read_jsonl(path):
+        if row["id"] in prompts:
+            dialogues.append((prompts[row["id"]], row["response"], row.get("tokens")))
+    return dialogues
 
 
 def harness_accuracy(pairs: list[tuple[Example, str]]) -> dict[str, float]:
@@ -261,11 +265,11 @@ def kept_drift(model, tokenizer, dialogues: dict[str, list], path: Path) -> dict
 
 
 def log_prob_function(model, tokenizer, task: Task):
-    """What Table 1 and Fig. 2 ask: (log p in nats, number of tokens) of each text as the response to x."""
+    """What Table 1 and Fig. 2 ask: (log p in nats, number of tokens) of each response to x."""
 
-    def score(x: Example, texts: list[str]) -> list[tuple[float, int]]:
+    def score(x: Example, responses: list[tuple[str, list[int] | None]]) -> list[tuple[float, int]]:
         user = prompt(task.predict, x)
-        encoded = [training_ids(tokenizer, user, text) for text in texts]
+        encoded = [training_ids(tokenizer, user, text, tokens) for text, tokens in responses]
         found = []
         for scores in token_log_probs(model, encoded, share_prefix=True):  # the prompt is read once
             found.append((round(sum(scores), 3), len(scores)))

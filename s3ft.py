@@ -125,8 +125,6 @@ def run(job: Job) -> None:
 
     # 3. Line 16: train on D'.
     encoded = [training_ids(tokenizer, row["prompt"], row["response"], row.get("tokens")) for row in rows]
-    if job.machine.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
     progress = train(model, tokenizer, task, encoded, validation, job.folder, job.training)
     print(lora.check_saved(model, job.folder), end="")
     write_json(job.folder / "training.json", summary(progress, job.method, sources, job.training))
@@ -151,6 +149,8 @@ def load(job: Job):
                          "that model again, or another --out")
     try:
         lora.inject(model, **asdict(job.adapter), seed=job.training.seed)
+        if job.machine.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
     except ValueError as error:
         raise InputError(str(error)) from None
     for line in (*check_template(model, tokenizer), *trial.check(model, tokenizer)):

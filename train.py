@@ -132,7 +132,8 @@ def training_step(model, optimizer, rows: list[Row], settings: TrainingSettings)
     mine = ranks.share(rows)  # with torchrun, this process's part
     total_loss = 0.0
     for start in range(0, len(mine), settings.micro_batch):
-        total_loss += accumulate_gradients(model, mine[start : start + settings.micro_batch], target_tokens, settings)
+        micro_batch = mine[start : start + settings.micro_batch]
+        total_loss += accumulate_gradients(model, micro_batch, target_tokens, settings)
 
     parameters = lora.parameters(model)
     ranks.sum_gradients(parameters)
@@ -143,7 +144,9 @@ def training_step(model, optimizer, rows: list[Row], settings: TrainingSettings)
     return mean_loss, target_tokens
 
 
-def accumulate_gradients(model, micro_batch: list[Row], target_tokens: int, settings: TrainingSettings) -> float:
+def accumulate_gradients(
+    model, micro_batch: list[Row], target_tokens: int, settings: TrainingSettings
+) -> float:
     """Add the gradients of a micro-batch -> its share of the batch's mean loss. InputError: out of memory."""
     try:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):

@@ -10,12 +10,12 @@ from support import ranks
 
 
 @torch.inference_mode()
-def kl_drift(model, tokenizer, dialogues: list[tuple[str, str]]) -> float:
+def kl_drift(model, tokenizer, dialogues: list[tuple]) -> float:
     """Mean over response tokens of KL(base || tuned), in nats.
 
-    `dialogues` are (user turn, the base model's response). Both models are `model`, with its adapter on and
-    off.
-"""
+    `dialogues` are (user turn, the base model's response, and where they are known its tokens). Both models
+    are `model`, with its adapter on and off.
+    """
     rows = [training_ids(tokenizer, *dialogue) for dialogue in ranks.share(dialogues)]
     total, count = 0.0, 0
     for group in split_by_tokens(rows, tokens=2048):

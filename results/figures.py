@@ -62,7 +62,7 @@ def draw_log_probabilities(scores: dict, path: Path) -> bool:
 
     A row of panels for each kind of response, whose histogram stands on the axis. That of the golds of the
     same rows hangs below it, so that neither hides the other.
-"""
+    """
     panels = panels_of(scores)
     if not panels:
         return False

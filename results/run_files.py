@@ -54,6 +54,7 @@ class KeptAnswer:
     verdict: bool | None  # of the judge; None: it could not be read, or was not asked
     finished: bool  # the length limit did not cut it off
     usable: bool  # a method may train on it
+    tokens: list[int] | None = None  # what the model generated, where that is known
 
 
 def read_answers(run: Path, kind: str, keep_unfinished: bool = False) -> dict[str, KeptAnswer]:
@@ -70,7 +71,7 @@ def read_answers(run: Path, kind: str, keep_unfinished: bool = False) -> dict[st
         usable = verdict is True and (finished or keep_unfinished)
         if kind == "paraphrases" and leaks(text):
             usable = False
-        answers[row["id"]] = KeptAnswer(text, verdict, finished, usable)
+        answers[row["id"]] = KeptAnswer(text, verdict, finished, usable, row.get("tokens"))
     return answers
 
 
@@ -151,7 +152,7 @@ def read_costs(run: Path, training: dict[str, dict]) -> list[dict]:
 
     From costs.jsonl, beside the answers, and from `training` (name -> training.json). What was made
     elsewhere, or before costs were kept, is not in it.
-"""
+    """
     making, evaluating = {stage: Counter() for stage in STAGES.values()}, {}
     for folder, row in _cost_rows(run):
         stage = str(row.get("stage"))

@@ -1,8 +1,7 @@
-"""Table 1 and Fig. 2: the texts that a training row may be trained on, and how likely the base model finds
-each.
+"""Table 1 and Fig. 2: what a training row may be trained on, and how likely the base model finds each.
 
-No model is run here. `score(x, texts)` asks the base model, and returns (log p in nats, number of tokens) of
-each text.
+No model is run here. `score(x, responses)` asks the base model. A response is (its text, the tokens that were
+generated, or None), and the score is (log p in nats, number of tokens).
 """
 
 import random
@@ -30,7 +29,7 @@ class TrainingTexts:
         Over at most 84 random rows where both were accepted, as in the paper (so it needs a method that
         paraphrases every row, SDFT). Without such rows, "rows" says so and each kind stands for the rows that
         have it. None: nothing was accepted.
-"""
+        """
         both, either = [], []
         for id in self.rows:
             kinds = self._usable_kinds(id)
@@ -48,8 +47,8 @@ class TrainingTexts:
         for id in chosen:
             x = self.rows[id]
             kinds = self._usable_kinds(id)
-            texts = [self.answers[kind][id].text for kind in kinds]
-            *found, gold = score(x, [*texts, self.task.gold(x)])
+            responses = [(y.text, y.tokens) for y in (self.answers[kind][id] for kind in kinds)]
+            *found, gold = score(x, [*responses, (self.task.gold(x), None)])
             scores["golds"].append(gold[0])
             for kind, response in zip(kinds, found, strict=True):
                 scores[kind].append(response[0])
@@ -87,12 +86,14 @@ class TrainingTexts:
 
         x = self.rows[id]
         texts = {"gold": self.task.gold(x)}
+        responses = [(texts["gold"], None)]
         verdicts = {}
         for name, y in (("prediction", y_hat), ("paraphrase", y_tilde)):
             if y:
                 texts[name] = y.text
+                responses.append((y.text, y.tokens))
                 verdicts[name] = verdict_of(y)
-        log_p = dict(zip(texts, score(x, list(texts.values())), strict=True))
+        log_p = dict(zip(texts, score(x, responses), strict=True))
         target = branch_of(y_hat, y_tilde)
         return {"id": id, "question": x.question, "context": x.context, "texts": texts, "verdicts": verdicts,
                 "log_p": log_p, "target": target}
