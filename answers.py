@@ -15,7 +15,6 @@ of turn where the stop string ended them. Judges and people see the text. `diges
 prompt, limits and sampling, and model. A file made elsewhere needs `id` and `response` alone.
 """
 
-import hashlib
 import inspect
 import sys
 import time
@@ -24,7 +23,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import judges
@@ -32,12 +30,14 @@ import lora
 from data import Example, Task, prompt
 from engine.chat import chat_ids, end_of_turn, end_tokens, training_ids
 from engine.decoding import Sampling
+from engine.fingerprint import fingerprint
 from engine.model import context_length
 from engine.packed import log_probs
 from generate import generate
 from support import numerals, ranks, sandbox
 from support.cli import InputError
-from support.files import RowFile, append_jsonl, digest
+from support.costs import CostMeter
+from support.files import RowFile, digest
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,13 @@ def respond(
     ids = file.missing(prompts)
 
     if ids:
-        tokens, started = 0, time.monotonic()
         keyed = replace(sampling, keys=ids) if sampling else None
         label = f"{path.parent.name}/{path.stem}"
-        for row in stream_responses(model, tokenizer, {id: encoded[id] for id in ids}, limits, label, keyed):
-            file.append(row | {"digest": digests[row["id"]]})
-            tokens += len(row["tokens"])
-        note_cost(path, len(ids), tokens, time.monotonic() - started)
+        missing = {id: encoded[id] for id in ids}
+        with CostMeter(path) as cost:
+            for row in stream_responses(model, tokenizer, missing, limits, label, keyed):
+                file.append(row | {"digest": digests[row["id"]]})
+                cost.add(calls=1, tokens=len(row["tokens"]))
     return file.finish(prompts)
 
 
@@ -206,15 +206,6 @@ def encode_prompts(model, tokenizer, prompts: dict[str, str]) -> dict[str, list[
                 f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
         encoded[id] = ids
     return encoded
-
-
-def note_cost(path: Path, calls: int, tokens: int, seconds: float) -> None:
-    """Add to costs.jsonl, beside `path`, what this process made for it.
-
-    What D' costs is the paper's first limitation.
-    """
-    row = {"stage": path.stem, "calls": calls, "tokens": tokens, "seconds": round(seconds, 2)}
-    append_jsonl(path.parent / "costs.jsonl", row)
 
 
 # ------------------------------------------------------------------------------ what a kept row answers
@@ -275,24 +266,6 @@ def note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def fingerprint(model) -> str:
-    """A digest of the weights that a forward pass uses.
-
-    It is of 64 values of every tensor, and of the adapter's where it is on.
-    A folder's name says nothing: it may be moved, or hold other weights tomorrow.
-    """
-    unused = set()
-    for layer in lora.layers(model).values():
-        if not layer.enabled:
-            unused |= {id(layer.lora_A), id(layer.lora_B)}
-    values = []
-    for parameter in model.parameters():
-        if id(parameter) not in unused:
-            flat = parameter.detach().flatten()
-            values.append(flat[:: max(1, flat.numel() // 64)][:64].float())
-    return hashlib.sha256(torch.cat(values).cpu().numpy().tobytes()).hexdigest()[:16]
-
-
 # ------------------------------------------------------------------------------ verdicts
 
 
@@ -321,12 +294,12 @@ def judge_answers(
     todo = [(x, response) for x, response in pairs if x.id in ids]
 
     if todo:
-        started = time.monotonic()
         bar = tqdm(todo, desc=f"{path.parent.name}/{path.stem}", unit="row")
-        verdicts = judges.judge_all(task.judge, todo, ask_base_model(model, tokenizer))
-        for (x, _), accepted in zip(bar, verdicts, strict=True):
-            file.append({"id": x.id, "accepted": accepted, "digest": digests[x.id]})
-        note_cost(path, len(todo), 0, time.monotonic() - started)
+        with CostMeter(path) as cost:
+            verdicts = judges.judge_all(task.judge, todo, ask_base_model(model, tokenizer, cost))
+            for (x, _), accepted in zip(bar, verdicts, strict=True):
+                file.append({"id": x.id, "accepted": accepted, "digest": digests[x.id]})
+                cost.add(calls=1)
     return {id: row["accepted"] for id, row in file.finish(digests).items()}
 
 
@@ -340,7 +313,15 @@ def judge_digest(model, name: str) -> str:
     return digest(name, sources)
 
 
-def ask_base_model(model, tokenizer):
+def selection_digest(model, task: Task, method, keep_unfinished: bool) -> str:
+    """What D' is made by: the method's source, the task's prompts and gold, and the judge."""
+    function = getattr(method, "func", method)  # of a functools.partial
+    sources = [inspect.getsource(function), inspect.getsource(task.gold)]
+    templates = [task.predict, task.train, task.paraphrase]
+    return digest(sources, templates, judge_digest(model, task.judge), keep_unfinished)
+
+
+def ask_base_model(model, tokenizer, cost: CostMeter | None = None):
     """What the LLM judge asks: the base model, also inside a trained one (A.5)."""
 
     def ask(prompts: list[str]) -> list[str]:
@@ -348,6 +329,8 @@ def ask_base_model(model, tokenizer):
         encoded = list(encode_prompts(model, tokenizer, named).values())
         with lora.disabled(model):
             replies = dict(generate(model, tokenizer, encoded, JUDGE_LIMITS.max_new_tokens))
+        if cost:
+            cost.add(tokens=sum(len(reply.tokens) for reply in replies.values()))
         return [replies[i].text for i in range(len(prompts))]
 
     return ask
@@ -365,17 +348,3 @@ def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
     verdicts = judges.judge_all(task.judge, pairs, ask_base_model(model, tokenizer))
     (correct,) = ranks.totals(sum(verdict is True for verdict in verdicts))
     return correct / len(examples)
-
-
-def announce_sandbox(task: Task, mode: str) -> None:
-    """Where programs will be run: say which layers of isolation are in force. "strict" refuses to go below
-    all of them.
-    """
-    if task.judge != "code":
-        return
-    print(sandbox.describe(), file=sys.stderr, flush=True)
-    if mode == "strict":
-        try:
-            sandbox.require_all()
-        except RuntimeError as error:
-            raise InputError(str(error)) from None

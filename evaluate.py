@@ -32,10 +32,11 @@ import torch
 import transformers
 
 import lora
-from answers import Limits, announce_sandbox, fingerprint, judge_answers, respond
+from answers import Limits, judge_answers, respond
 from data import EXAMPLES, Example, Task, prompt
 from engine.chat import training_ids
 from engine.drift import kl_drift
+from engine.fingerprint import fingerprint
 from engine.model import load_model, peak_memory_gib
 from engine.packed import token_log_probs
 from results import run_files
@@ -46,7 +47,7 @@ from results.report import write_benchmark_report, write_report
 from results.request import Alone, Evaluation, config_of, read_command_line
 from results.table_4 import merge_benchmarks
 from results.training_texts import TrainingTexts, describe
-from support import ranks
+from support import ranks, sandbox
 from support.cli import InputError, exit_cleanly
 from support.files import digest, locked, read_json, read_jsonl, write_json
 from support.stats import wilson
@@ -65,7 +66,8 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     run, machine = evaluation.run, evaluation.machine
     config = config_of(evaluation)
     task, (train_rows, validation_rows, test_rows) = task_of(config, machine.data)
-    announce_sandbox(task, machine.sandbox)
+    if task.judge == "code":
+        sandbox.announce(machine.sandbox)
     model, tokenizer = load_base_model(config, machine)
     measure = Measure(model, tokenizer, task, test_rows, evaluation)
 

@@ -19,34 +19,25 @@ Where we deviate from the paper, or it is silent:
 
 import argparse
 import time
-from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import lora
-from answers import Answer, BaseLM, announce_sandbox, fingerprint
+from answers import Answer, BaseLM, selection_digest
 from data import prompt
 from engine import trial
 from engine.chat import check_template, training_ids
+from engine.fingerprint import fingerprint
 from engine.model import load_model, usable_device
 from judges import JUDGES
-from results import preview
-from results.config import Comparison, Job, Machine, brought_by_a_person, continued, keep, plain_name
-from support import ranks
-from support.cli import (  # types of flags
-    InputError,
-    exit_cleanly,
-    json_object,
-    one_line_error,
-    positive_float,
-    positive_int,
-    random_seed,
-    share,
-)
+from results import config, preview
+from results.config import Comparison, Job, Machine
+from support import cli, ranks, sandbox
+from support.cli import InputError
 from support.files import file_digests, locked, read_jsonl, write_json, write_jsonl
 from tasks import TASKS
 from tasks.custom import CUSTOM_TASK
-from train import AdapterSettings, TrainingSettings, summary, train
+from train import AdapterSettings, TrainingSettings, count_sources, summary, train
 
 # ------------------------------------------------------------------------------ the methods
 
@@ -107,8 +98,9 @@ METHODS = {"sft": sft, "sdft": sdft, "ssr": ssr, "s3ft": s3ft, "rft": rft}
 
 def run(job: Job) -> None:
     """The three stages of one method. What an earlier run finished is not repeated."""
-    job = continued(job)
+    job = config.continued(job)
     if (job.folder / "training.json").exists():
+        config.keep_moved_paths(job)
         if ranks.RANK == 0:
             (job.folder / "checkpoint.pt").unlink(missing_ok=True)
         print(f"{job.folder}: finished already")
@@ -121,11 +113,12 @@ def run(job: Job) -> None:
     base = BaseLM(model, tokenizer, task, job.run, job.shared.keep_unfinished)
     with lora.disabled(model):
         rows = build(METHODS[job.method], D, base, job.folder / "train.jsonl")
-    sources = count_sources(rows, job.folder.name)
+    sources = count_sources(rows, job.folder.name)  # Table 3
 
     # 3. Line 16: train on D'.
     encoded = [training_ids(tokenizer, row["prompt"], row["response"], row.get("tokens")) for row in rows]
     progress = train(model, tokenizer, task, encoded, validation, job.folder, job.training)
+    lora.load(model, job.folder)  # the best one, which need not be the last
     print(lora.check_saved(model, job.folder), end="")
     write_json(job.folder / "training.json", summary(progress, job.method, sources, job.training))
     if ranks.RANK == 0:
@@ -136,7 +129,8 @@ def load(job: Job):
     """(task, splits, model, tokenizer), with LoRA in the model. Only a job that can work marks the folder."""
     shared, machine = job.shared, job.machine
     task, splits, tokenizer, rehearsal = preview.rehearse(METHODS[job.method], job)
-    announce_sandbox(task, machine.sandbox)
+    if task.judge == "code":
+        sandbox.announce(machine.sandbox)
     for line in (*preview.plan(task, splits, rehearsal, job), *preview.warnings(task, splits)):
         print(line, flush=True)
 
@@ -144,9 +138,7 @@ def load(job: Job):
         shared.model, machine.device, shared.dtype, machine.trust_remote_code,
         chat_template_kwargs=shared.chat_template_kwargs, date=shared.date)
     weights = fingerprint(model)
-    if shared.weights not in (None, weights):
-        raise InputError(f"{job.run} was begun with other weights than those of --model {shared.model}: give "
-                         "that model again, or another --out")
+    config.refuse_other_weights(job, weights)
     try:
         lora.inject(model, **asdict(job.adapter), seed=job.training.seed)
         if job.machine.gradient_checkpointing:
@@ -155,11 +147,9 @@ def load(job: Job):
         raise InputError(str(error)) from None
     for line in (*check_template(model, tokenizer), *trial.check(model, tokenizer)):
         print(line, flush=True)
-    if job.adapter.target_modules == "all-linear" and lora.left_out(model):
-        print(f"left out of all-linear: {', '.join(lora.left_out(model))}", flush=True)
 
-    keep(job.run / "config.json", asdict(replace(shared, weights=weights)))
-    keep(job.folder / "config.json", job.recorded())
+    made_by = selection_digest(model, task, METHODS[job.method], shared.keep_unfinished)
+    config.keep_config(job, weights, made_by)
     return task, splits, model, tokenizer
 
 
@@ -183,23 +173,13 @@ def build(method, D, base: BaseLM, path: Path) -> list[dict]:
     return read_jsonl(path, ("id", "prompt", "response", "source"))
 
 
-def count_sources(rows: list[dict], name: str) -> dict[str, int]:
-    """How many rows of D' are predictions, paraphrases and golds (Table 3). InputError: there is no row."""
-    if not rows:
-        raise InputError(f"{name}: no row of the training data is left, nothing was accepted")
-    sources = {"prediction": 0, "paraphrase": 0, "gold": 0} | Counter(row["source"] for row in rows)
-    shares = ", ".join(f"{n / len(rows):.1%} {source}" for source, n in sources.items())
-    print(f"{name}: {len(rows)} rows, {shares}")
-    return sources
-
-
 # ------------------------------------------------------------------------------ the command line
 
 
 def parse(argv=None):
     """The flags, as they were typed."""
     parser = argparse.ArgumentParser(description="Train a model with S3FT or a relative.", allow_abbrev=False)
-    parser.error = one_line_error
+    parser.error = cli.one_line_error
     add = parser.add_argument_group("what to do").add_argument
     add("--task", required=True, help=f"{', '.join(TASKS)}, or custom (your files, below)")
     add("--method", required=True, help=", ".join(METHODS))
@@ -207,7 +187,7 @@ def parse(argv=None):
     add("--out", required=True, type=Path, help="the run folder; all methods of one comparison share it")
     add("--name", help="the method's folder in it (default: the method)")
     add("--data", default="data", help="where the data sets are, and are downloaded to (%(default)s)")
-    add("--limit", type=positive_int, help="only the first N rows of every split")
+    add("--limit", type=cli.positive_int, help="only the first N rows of every split")
     add("--dry-run", action="store_true", help="say on one page what would be done, and stop")
     add = parser.add_argument_group("your own task: JSONL, a JSON array, or SQuAD's JSON").add_argument
     for split in ("train", "val", "test"):
@@ -218,27 +198,27 @@ def parse(argv=None):
     add("--prompt", metavar="NAME", help="a built-in prompt, such as reading")
     add("--prompt-file", metavar="F", help="JSON with your own predict, train and paraphrase prompts")
     add = parser.add_argument_group("generation (greedy, A.3)").add_argument
-    add("--max-new-tokens", type=positive_int, help="length limit of a response (default: the task's)")
+    add("--max-new-tokens", type=cli.positive_int, help="length limit of a response (default: the task's)")
     add("--keep-unfinished", action="store_true", help="judge cut-off responses like any other")
-    add("--chat-template-kwargs", type=json_object, metavar="J", help="as in '{\"enable_thinking\": false}'")
+    add("--chat-template-kwargs", type=cli.json_object, help="as '{\"enable_thinking\": false}'")
     add("--sandbox", choices=("best", "strict"), default="best", help="strict: every layer or no code is run")
     add = parser.add_argument_group("LoRA (section 3)").add_argument
-    add("--rank", type=positive_int, default=8, help="r (%(default)s)")
-    add("--alpha", type=positive_float, default=16, help="scale = alpha / r (%(default)s)")
-    add("--dropout", type=share, default=0.1, help="on the adapter's input (%(default)s)")
+    add("--rank", type=cli.positive_int, default=8, help="r (%(default)s)")
+    add("--alpha", type=cli.positive_float, default=16, help="scale = alpha / r (%(default)s)")
+    add("--dropout", type=cli.share, default=0.1, help="on the adapter's input (%(default)s)")
     add("--target-modules", default="q_proj,v_proj", help="names, or all-linear (%(default)s)")
     add = parser.add_argument_group("training (A.3; batch size and optimizer are ours)").add_argument
-    add("--lr", type=positive_float, default=1e-4, help="peak learning rate (%(default)s)")
+    add("--lr", type=cli.positive_float, default=1e-4, help="peak learning rate (%(default)s)")
     add("--schedule", choices=("linear", "cosine"), default="linear", help="its decay (%(default)s)")
-    add("--steps", type=positive_int, help="optimizer steps (default: the task's; GSM8K 5000, MBPP 1000)")
-    add("--eval-every", type=positive_int, help="validate every N steps (default: the task's; 500, MBPP 100)")
-    add("--batch-size", type=positive_int, default=8, help="rows a step (%(default)s)")
-    add("--micro-batch", type=positive_int, help="rows a forward pass; fewer need less memory (default: all)")
-    add("--warmup", type=share, default=0.03, help="share of the steps (%(default)s)")
-    add("--clip", type=positive_float, default=1.0, help="largest gradient norm (%(default)s)")
+    add("--steps", type=cli.positive_int, help="optimizer steps (default: the task's; GSM8K 5000, MBPP 1000)")
+    add("--eval-every", type=cli.positive_int, help="validate every N steps (the task's; 500, MBPP 100)")
+    add("--batch-size", type=cli.positive_int, default=8, help="rows a step (%(default)s)")
+    add("--micro-batch", type=cli.positive_int, help="rows a forward pass (all); fewer need less memory")
+    add("--warmup", type=cli.share, default=0.03, help="share of the steps (%(default)s)")
+    add("--clip", type=cli.positive_float, default=1.0, help="largest gradient norm (%(default)s)")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
     add("--share-prefix", action="store_true", help="compute the start of all prompts once")
-    add("--seed", type=random_seed, default=0, help="LoRA's start, dropout, order of rows (%(default)s)")
+    add("--seed", type=cli.random_seed, default=0, help="LoRA's start, dropout, order of rows (%(default)s)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on cuda, else float32)")
@@ -269,9 +249,9 @@ def job_of(args) -> Job:
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     steps = args.steps or task.steps
     modules = args.target_modules
-    brought = brought_by_a_person(files, args.prompt_file) if all(files) else []
+    brought = config.brought_by_a_person(files, args.prompt_file) if all(files) else []
     shared = Comparison(
-        args.task, plain_name(args.model), dtype, args.judge, args.limit, args.max_new_tokens,
+        args.task, config.plain_name(args.model), dtype, args.judge, args.limit, args.max_new_tokens,
         files=files if all(files) else None, contents=file_digests(brought) or None,
         keep_unfinished=args.keep_unfinished, chat_template_kwargs=args.chat_template_kwargs,
         date=time.strftime("%Y-%m-%d"), **custom)
@@ -289,11 +269,11 @@ def main(argv=None) -> None:
     args = parse(argv)
     job = job_of(args)
     if args.dry_run:
-        print(preview.page(METHODS[job.method], continued(job)))
+        print(preview.page(METHODS[job.method], config.continued(job)))
         return
     with locked(args.out), ranks.joined(job.machine.device):
         run(job)
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    cli.exit_cleanly(main)

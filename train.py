@@ -8,6 +8,7 @@ import io
 import math
 import random
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -220,6 +221,8 @@ def load_checkpoint(model, optimizer, folder: Path) -> Progress:
             lora.load_state_dict(model, saved["lora"])
             optimizer.load_state_dict(saved["optimizer"])
             progress = Progress(**saved["progress"])
+        except torch.OutOfMemoryError:
+            raise
         except UNREADABLE as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"{path}: no checkpoint of this run ({reason}): remove it, and the same command "
@@ -246,3 +249,13 @@ def summary(progress: Progress, method: str, sources: dict[str, int], settings: 
         "tokens_per_second": round(progress.tokens / progress.seconds),
         "peak_memory_gib": peak_memory_gib(),
     }
+
+
+def count_sources(rows: list[dict], name: str) -> dict[str, int]:
+    """How many rows of D' are predictions, paraphrases and golds (Table 3). InputError: there is no row."""
+    if not rows:
+        raise InputError(f"{name}: no row of the training data is left, nothing was accepted")
+    sources = {"prediction": 0, "paraphrase": 0, "gold": 0} | Counter(row["source"] for row in rows)
+    shares = ", ".join(f"{n / len(rows):.1%} {source}" for source, n in sources.items())
+    print(f"{name}: {len(rows)} rows, {shares}")
+    return sources

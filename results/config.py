@@ -126,8 +126,33 @@ def refuse_changes(path: Path, before: dict, asked: dict, may_change: Collection
                              f"same again, or another {flag}")
 
 
-def keep(path: Path, settings: dict) -> None:
-    """Write a config.json, where it is not there yet or names other paths."""
+def refuse_other_weights(job: Job, weights: str) -> None:
+    """InputError: the run was begun with other weights than those, whatever the model is called."""
+    if job.shared.weights not in (None, weights):
+        raise InputError(f"{job.run} was begun with other weights than those of --model {job.shared.model}: "
+                         "give that model again, or another --out")
+
+
+def keep_config(job: Job, weights: str, made_by: str) -> None:
+    """Write both config.json. InputError: the method's D' is there, and was made by something else.
+
+    `weights` is a digest of the model's, `made_by` one of the method, the prompts and the judge.
+    """
+    path = job.folder / "config.json"
+    before = read_json(path).get("made_by") if path.exists() else None
+    if before not in (None, made_by) and (job.folder / "train.jsonl").exists():
+        raise InputError(f"{job.folder}: its train.jsonl was made by another method, prompt or judge than "
+                         "now: take another --name, or remove that folder")
+    _write_if_other(job.run / "config.json", asdict(replace(job.shared, weights=weights)))
+    _write_if_other(path, job.recorded() | {"made_by": made_by})
+
+
+def keep_moved_paths(job: Job) -> None:
+    """A finished run may have moved, with its files."""
+    _write_if_other(job.run / "config.json", asdict(job.shared))
+
+
+def _write_if_other(path: Path, settings: dict) -> None:
     if not path.exists() or read_json(path) != settings:
         write_json(path, settings)
 

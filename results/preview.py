@@ -33,6 +33,7 @@ class Rehearsal:
     tokenizer: object
     task: Task
     longest: float
+    run: Path  # the run folder
     model: None = None  # is not loaded yet
     responses: int = 0  # that the method asks for
     lengths: list[int] = field(default_factory=list)  # of its training rows with gold, in tokens
@@ -83,7 +84,7 @@ def rehearse(method: Callable, job: Job) -> tuple[Task, Splits, object, Rehearsa
     tokenizer = load_tokenizer(
         shared.model, trusted, chat_template_kwargs=shared.chat_template_kwargs, date=shared.date)
     longest = context_length(load_config(shared.model, trusted))
-    rehearsal = Rehearsal(tokenizer, task, longest)
+    rehearsal = Rehearsal(tokenizer, task, longest, job.run)
     for split, rows in zip(SPLITS, splits, strict=True):
         for x in rows:
             rehearsal.check(f"{x.id} ({split})", prompt(task.predict, x))

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -296,7 +297,8 @@ def locked(folder: Path):
             raise InputError(
                 f"--out {folder}: another run is using it; wait for it or take another folder") from None
         for scratch in folder.rglob(".*.tmp"):  # a killed run was writing it
-            scratch.unlink()
+            if re.fullmatch(r"\..+\.\d+\.tmp", scratch.name):
+                scratch.unlink()
         yield
 
 

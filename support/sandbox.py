@@ -69,6 +69,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from support.cli import InputError
+
 CPU_SECONDS = 10.0  # MBPP task 123 needs 3.7
 SLEEP_SECONDS = 10.0  # neither computing nor waiting for a core
 MEMORY = 1 << 30
@@ -361,3 +363,13 @@ def require_all() -> None:
     if missing:
         names = ", ".join(missing)
         raise RuntimeError(f"code sandbox: this system does not give {names}, which strict mode asks for")
+
+
+def announce(mode: str) -> None:
+    """Say where programs will be run. InputError: a layer is missing, and the mode is "strict"."""
+    print(describe(), file=sys.stderr, flush=True)
+    if mode == "strict":
+        try:
+            require_all()
+        except RuntimeError as error:
+            raise InputError(str(error)) from None

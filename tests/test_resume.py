@@ -11,8 +11,9 @@ import evaluate
 import judges
 import lora
 import s3ft
-from answers import Limits, fingerprint, judge_answers, respond
+from answers import Limits, judge_answers, respond
 from data import Example
+from engine.fingerprint import fingerprint
 from engine.model import load_model
 from support.cli import InputError, exit_cleanly
 from support.files import read_json, read_jsonl, write_json, write_jsonl
@@ -258,3 +259,39 @@ def test_a_dry_run_shows_what_the_model_will_see_and_makes_nothing(command, caps
     assert "12 of 12 validation rows are training rows too" in page
     assert "What is 0 + 0?<|end|><|assistant|>|0|<|end|>|" in page
     assert "at most 26 responses of at most 6 tokens" in page and not Path(out).exists()
+
+
+def test_training_data_made_by_another_judge_is_not_trained_on(command, monkeypatch, capsys):
+    """A run that was killed in training, and a judge that was edited since."""
+    argv, out = command
+    s3ft.main([*argv, "--method=sft"])
+    (out / "sft" / "training.json").unlink()
+    s3ft.main([*argv, "--method=sft"])  # the same: goes on
+    (out / "sft" / "training.json").unlink()
+    monkeypatch.setitem(judges.JUDGES, "numeric", accepts_nothing)
+    assert "was made by another method, prompt or judge" in refuse([*argv, "--method=sft"], capsys)
+
+
+def test_the_best_adapter_is_the_one_that_is_checked(command, capsys):
+    argv, out = command
+    s3ft.main([*argv, "--method=sft", "--eval-every=1", "--steps=3"])
+    assert read_json(out / "sft" / "training.json")["step"] < 3
+    assert "PEFT" not in capsys.readouterr().out
+
+
+def test_costs_are_kept_by_stage_and_a_torn_line_is_cut(command):
+    argv, out = command
+    out.mkdir()
+    (out / "costs.jsonl").write_bytes(b'{"stage": "predictions", "calls": 3, "tok')
+    s3ft.main([*argv, "--method=ssr"])
+    rows = read_jsonl(out / "costs.jsonl")
+    assert [(row["stage"], row["calls"]) for row in rows] == [("predictions", 12), ("predictions.judged", 12)]
+    assert rows[0]["tokens"] == sum(len(row["tokens"]) for row in read_jsonl(out / "predictions.jsonl"))
+
+
+def test_a_persons_own_scratch_file_stays(command):
+    argv, out = command
+    out.mkdir()
+    (out / ".mine.tmp").write_text("a person's")
+    s3ft.main([*argv, "--method=sft"])
+    assert (out / ".mine.tmp").read_text() == "a person's"
