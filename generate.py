@@ -72,7 +72,7 @@ def generate(
 def generate_rows(
     model, rows: list[Row], ending: Ending, memory_gib: float | None = None, sample: Sampling | None = None
 ) -> Iterator[tuple[int, Response]]:
-    """Generate in slots where they give the model's own logits, else with transformers' generate."""
+    """Generate in slots where they give the model's own logits, else in a slower way."""
     if not rows:
         return
     was_training = model.training

@@ -104,9 +104,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_settings(default, tokenizer) -> dict:
-    """Settings that make a configuration tiny: the usual fields, where it has them, and nested
-    configurations.
-    """
+    """Settings that make a configuration tiny: the usual fields that it has, also of nested ones."""
     vocabulary = len(tokenizer) + 58
     special = {
         "vocab_size": vocabulary,
