@@ -2,11 +2,11 @@
 
 For each class the columns say whether ours equals the own result of transformers or peft:
 
-- generation: `generate.generate` against transformers' greedy `generate`, one prompt at a time;
-- packed loss: loss and log-probabilities of packed rows against plain forward passes, one row at a time;
-- shared prefix: the logits of rows whose common prefix is read once, against whole rows alone;
+- generation: `generate.generate` against transformers' greedy `generate`, one prompt at a time.
+- packed loss: loss and log-probabilities of packed rows against plain forward passes, one row at a time.
+- shared prefix: the logits of rows whose common prefix is read once, against whole rows alone.
 - LoRA, all-linear: the gradients of a training step against those of plain passes, one row at a time, with
-  `q_proj,v_proj` or the nearest that a model has, and with all linear layers;
+  `q_proj,v_proj` or the nearest that a model has, and with all linear layers.
 - peft: the logits of a saved adapter in peft against those of the model that saved it.
 
 "equal" means by the fast way, "slow way" means equal by the slow one, "refused" means one line before any
