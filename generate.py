@@ -5,8 +5,8 @@ too (Llama, Mistral, Qwen, Gemma, gpt-oss, Phi, ...), on CPU and GPU, with LoRA 
 on the model decides (engine/slot_trial.py). In float32 the tokens are those of transformers' own greedy
 `generate`. In bfloat16 a near-tie can fall the other way when the batch changes, there as here. Of the
 model's generation_config only the end-of-turn tokens count. Models on which the trial fails (state spaces,
-most of ALiBi, attention that takes no mask) are handed to transformers' `generate`, with a warning that
-says why.
+most of ALiBi, attention that takes no mask) are handed to transformers' `generate`, and where that fails
+too, to a plain forward pass for every token. A warning says why.
 
 Why it is fast, in plain PyTorch:
 
@@ -31,7 +31,7 @@ from engine.decoding import Ending, Response, Row, Sampling, choose_tokens
 from engine.fallback import generate_padded, out_of_memory, rows_in_memory
 from engine.model import context_length
 from engine.prefixes import group_by_prefix, shared_prefix
-from engine.slot_trial import longest_harmless_row, why_no_padding, why_no_slots
+from engine.slot_trial import longest_harmless_row, why_no_cache, why_no_padding, why_no_slots
 from engine.slots import SlotCache, forward_in_slots, layers_of, slots_in_memory
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}  # the most that one forward reads: bounds its activations
@@ -72,7 +72,7 @@ def generate(
 def generate_rows(
     model, rows: list[Row], ending: Ending, memory_gib: float | None = None, sample: Sampling | None = None
 ) -> Iterator[tuple[int, Response]]:
-    """Generate in slots where they give the model's own logits, else with transformers' generate."""
+    """Generate in slots where they give the model's own logits, else in a slower way."""
     if not rows:
         return
     was_training = model.training
@@ -84,7 +84,8 @@ def generate_rows(
         if long_rows:
             warn(f"{len(long_rows)} rows of more than {harmless_length} tokens change the rotary frequencies of "
                  f"{type(model).__name__}: they are generated one at a time")
-            yield from generate_padded(model, long_rows, ending, sample, rows_at_a_time=1)
+            keeps_cache = not why_no_cache(model, longest(long_rows))
+            yield from generate_padded(model, long_rows, ending, sample, 1, keeps_cache)
 
         # 2. All others side by side: in slots, or padded, or where the model bears neither, alone.
         rows = [row for row in rows if row.limit <= harmless_length]
@@ -93,12 +94,16 @@ def generate_rows(
         reason = why_no_slots(model, longest(rows))
         if reason:
             rows_at_a_time = rows_in_memory(model, longest(rows), memory_gib)
+            slower_way = "transformers' generate"
             padding = why_no_padding(model, longest(rows))
             if padding:
                 rows_at_a_time = 1
                 reason += f"; {padding}, so one row at a time"
-            warn(f"{type(model).__name__}: falling back to transformers' generate ({reason})")
-            yield from generate_padded(model, rows, ending, sample, rows_at_a_time)
+            no_cache = padding and why_no_cache(model, longest(rows))
+            if no_cache:
+                slower_way = "a forward pass over the whole row for every token"
+            warn(f"{type(model).__name__}: falling back to {slower_way} ({reason})")
+            yield from generate_padded(model, rows, ending, sample, rows_at_a_time, keeps_cache=not no_cache)
         else:
             yield from SlotDecoder(model, rows, ending, memory_gib, sample).run()
     finally:

@@ -1,4 +1,7 @@
-"""transformers' own generate, for models whose keys and values slots do not cover."""
+"""The slower ways of generating, for models whose keys and values slots do not cover.
+
+The first is transformers' own generate, the last a plain forward pass over the whole row for every token.
+"""
 
 import contextlib
 import warnings
@@ -9,6 +12,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from engine.decoding import Ending, Response, Row, Sampling, choose_tokens
+from engine.forward import plain_inputs
 from engine.slots import memory_budget
 from support.cli import InputError
 
@@ -21,16 +25,21 @@ def generate_padded(
     ending: Ending,
     sample: Sampling | None,
     rows_at_a_time: int,
+    keeps_cache: bool = True,
 ) -> Iterator[tuple[int, Response]]:
     """(index of the prompt, response) of every row, in batches padded on the left, the longest prompts first.
 
-    Out of memory: the batches are half as large from there on. InputError: one row alone does not fit.
+    A model whose cache fails (`keeps_cache` is False) reads each row anew for every token. Out of memory: the
+    batches are half as large from there on. InputError: one row alone does not fit.
     """
     waiting = deque(sorted(rows, key=lambda row: row.start, reverse=True))
     while waiting:
         batch = [waiting.popleft() for _ in range(min(rows_at_a_time, len(waiting)))]
         try:
-            responses = generate_batch(model, batch, ending, sample)
+            if keeps_cache:
+                responses = generate_batch(model, batch, ending, sample)
+            else:
+                responses = [generate_without_cache(model, row, ending, sample) for row in batch]
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise out_of_memory(batch[0].limit) from None
@@ -68,6 +77,18 @@ def generate_batch(model, rows: list[Row], ending: Ending, sample: Sampling | No
         logits_processor=[KeepDrawnToken(rows, sample)] if sample else [],
     )
     return follower.responses
+
+
+def generate_without_cache(model, row: Row, ending: Ending, sample: Sampling | None) -> Response:
+    """The response of one row, by a plain forward pass over the whole row for every token."""
+    response = None
+    while response is None:
+        ids = torch.tensor(row.tokens, device=model.device)
+        with transformers_attention(model):
+            logits = model(**plain_inputs(model, ids)).logits[:, -1]
+        row.tokens += choose_tokens(logits, [row], sample)
+        response = ending(row)
+    return response
 
 
 def greedy_generate(model, prompts: list[list[int]], pad: int, **options):

@@ -189,8 +189,9 @@ def _eos_of_generation(model, tokenizer) -> str | None:
 
 
 def context_length(config) -> float:
-    """How many tokens a model of this configuration takes. Infinity where it does not say."""
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    """How many tokens a model of this configuration takes. Infinity where it does not say, or says -1."""
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length if length is not None and length >= 1 else math.inf
 
 
 def count_weights(name: str, trust_remote_code: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""Which way of generating gives a model's own logits: tried on the model at hand, not read off its configuration.
+"""Which way of generating gives a model's own logits: tried on it, not read off its configuration.
 
 The made-up rows of a trial are as long as the longest row at hand, so that windows, chunks and sparse
 attention show.
@@ -28,6 +28,11 @@ def why_no_slots(model, longest: int) -> str:
 def why_no_padding(model, longest: int) -> str:
     """Why rows of unlike lengths cannot go through transformers' generate in one batch, or ""."""
     return tried_once(model, "padding", difference_by_padding, longest)
+
+
+def why_no_cache(model, longest: int) -> str:
+    """Why transformers' generate cannot even generate from one row alone, or ""."""
+    return tried_once(model, "cache", failure_of_one_row, longest)
 
 
 def tried_once(model, name: str, trial: Callable, length: int) -> str:
@@ -91,6 +96,13 @@ def difference_by_padding(model, length: int) -> str:
     return difference(model, together, alone, "padding changes its logits")
 
 
+def failure_of_one_row(model, length: int) -> str:
+    """Two tokens behind a long row, one of them by the cache: "" if nothing is raised."""
+    ids = made_up_tokens(model, length)
+    generated_logits(model, [ids[:-2]], pad=ids[-1])
+    return ""
+
+
 def generated_logits(model, prompts: list[list[int]], pad: int) -> torch.Tensor:
     """Logits `[2, vocabulary]` of the first row's first two tokens in transformers' generate."""
     output = greedy_generate(
@@ -105,7 +117,7 @@ def made_up_tokens(model, length: int) -> list[int]:
 
 
 def difference(model, found: torch.Tensor, expected: torch.Tensor, what: str) -> str:
-    """An empty text if the logits `[..., vocabulary]` are equal, else `what` and by how much, relative to how they vary."""
+    """No text if the logits `[..., vocabulary]` are equal, else `what`, and by how much of their spread."""
     expected = expected.float()
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
     worst = ((found.float() - expected).norm(dim=-1) / spread).max().item()
@@ -115,7 +127,7 @@ def difference(model, found: torch.Tensor, expected: torch.Tensor, what: str) ->
 
 
 def longest_harmless_row(model, longest: int) -> int:
-    """Rows of more tokens change rotary frequencies (longrope, dynamic NTK), and with them the rows beside them.
+    """Longer rows change rotary frequencies (longrope, dynamic NTK), and so change the rows beside them.
 
     Found by what a token at the last position leaves in the model's buffers. At most `longest`, the rows at
     hand.

@@ -1,11 +1,12 @@
-"""Which way each kind of model generates, found by a trial: token for token transformers' greedy generate in float32."""
+"""Which way each kind of model generates, found by a trial: token for token transformers' greedy generate."""
 
 import warnings
 
 import pytest
 import torch
-from test_generate import SHAPE, build, prompts, reference, tokenizer  # noqa: F401, a fixture is one of them
+from test_generate import EOS, SHAPE, build, prompts, reference, tokenizer  # noqa: F401, a fixture is one of them
 from transformers import (
+    BambaConfig,
     Cohere2Config,
     Exaone4Config,
     FalconConfig,
@@ -22,9 +23,12 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     RecurrentGemmaConfig,
+    XLNetConfig,
 )
 
+from engine.decoding import Sampling
 from engine.fallback import rows_in_memory
+from engine.model import context_length
 from engine.slot_trial import longest_harmless_row, why_no_padding, why_no_slots
 from generate import generate
 from support.cli import InputError
@@ -39,8 +43,10 @@ WINDOWS = {
     "gemma2": Gemma2Config(**SHAPE, head_dim=16, sliding_window=16, attn_implementation="eager"),
     "gemma3": GEMMA3,
     "gemma3-rows": Gemma3TextConfig(**SHAPE, **MIXED, head_dim=16, attn_implementation="rows"),
-    "gemma3-composite": Gemma3Config(text_config=GEMMA3.to_dict(), vision_config=dict(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)),
+    "gemma3-composite": Gemma3Config(
+        text_config=GEMMA3.to_dict(),
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           image_size=28, patch_size=14)),
     "gpt-oss": GptOssConfig(**SHAPE, **MIXED, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
                             attn_implementation="eager"),
     "cohere2": Cohere2Config(**SHAPE, **MIXED),
@@ -87,7 +93,8 @@ def test_windows_keep_the_shared_prefix(tokenizer):  # noqa: F811
 
 
 def test_alibi_and_windows_that_no_cache_layer_knows_fall_back(tokenizer):  # noqa: F811
-    local = GPTNeoConfig(**SHAPE, num_layers=2, num_heads=4, window_size=16, attention_types=[[["global", "local"], 1]])
+    attention_types = [[["global", "local"], 1]]
+    local = GPTNeoConfig(**SHAPE, num_layers=2, num_heads=4, window_size=16, attention_types=attention_types)
     alibi = FalconConfig(**SHAPE, alibi=True)
     for config in (local, alibi):
         model, rows = build(config), prompts(6)
@@ -139,6 +146,63 @@ def test_padding_that_leaks_is_found_and_rows_go_alone(tokenizer):  # noqa: F811
     tokens, said = generated(model, tokenizer, rows, 24)
     assert tokens == [reference(model, row, 24) for row in rows]
     assert any("padding changes its logits" in message for message in said)
+
+
+def by_plain_forwards(model, prompt, new):
+    """Greedy decoding by plain forward passes over the whole row, up to an end of turn."""
+    ids = list(prompt)
+    for _ in range(new):
+        ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+        if ids[-1] in EOS:
+            break
+    return ids[len(prompt) :]
+
+
+def no_attention_for_the_cache():
+    """State-space layers only: transformers' generate asks the cache for its length, and that raises."""
+    return build(BambaConfig(
+        **SHAPE, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8))
+
+
+def no_generate():
+    """A class that does not inherit from GenerationMixin, and whose forward fails with a cache."""
+    model = build(LlamaConfig(**SHAPE))
+    own = model.forward
+
+    def forward(*args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            raise TypeError("no such cache")
+        return own(*args, **kwargs)
+
+    def generate(*args, **kwargs):
+        raise AttributeError("no generate")
+
+    model.forward = forward
+    model.generate = generate
+    return model
+
+
+@pytest.mark.parametrize("make", [no_attention_for_the_cache, no_generate])
+@torch.no_grad()
+def test_a_model_on_which_transformers_generate_fails_reads_whole_rows(make, tokenizer):  # noqa: F811
+    model, rows = make(), prompts(5)
+    tokens, said = generated(model, tokenizer, rows, 12)
+    assert tokens == [by_plain_forwards(model, row, 12) for row in rows]
+    assert any("falling back to a forward pass over the whole row for every token" in line for line in said)
+
+
+def test_rows_that_are_drawn_do_not_depend_on_the_way(tokenizer):  # noqa: F811
+    sample = Sampling(seed=1)
+    in_slots, _ = generated(build(LlamaConfig(**SHAPE)), tokenizer, prompts(5), 12, sample=sample)
+    whole_rows, _ = generated(no_generate(), tokenizer, prompts(5), 12, sample=sample)
+    assert whole_rows == in_slots
+
+
+def test_a_context_of_minus_one_token_is_without_end():
+    config = XLNetConfig(vocab_size=SHAPE["vocab_size"], d_model=32, n_layer=2, n_head=4, d_inner=64)
+    assert config.max_position_embeddings == -1
+    assert context_length(config) == float("inf")
+    assert context_length(LlamaConfig(**SHAPE)) == 256
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "rows"])
