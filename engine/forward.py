@@ -65,7 +65,7 @@ def target_loss(model, rows: list[Row], share_prefix: bool, ways: Ways) -> torch
 
     total = 0
     for inputs, predicts, targets in forwards(model, rows, share_prefix, ways):
-        hidden = model.base_model(**inputs).last_hidden_state[0, predicts]
+        hidden = model.base_model(**inputs).last_hidden_state[0, predicts].to(head.weight.dtype)
         total = total + HeadLoss.apply(hidden, head.weight, targets)
     return total
 
