@@ -11,9 +11,9 @@ CHANGES_SCORES = ("softcap", "position_bias", "s_aux")
 
 
 def packed_attention(module, query, key, value, attention_mask, row_lengths=None, shared=0, **kwargs):
-    """Causal attention inside each packed row; query, key, value `[1, heads, sum of lengths, head_dim]`.
+    """Causal attention inside each packed row.
 
-    Where `shared` > 0, the first row holds that many tokens. Every other row begins with them and attends to
+    Query, key and value are `[1, heads, sum of lengths, head_dim]`. Where `shared` > 0, the first row holds that many tokens. Every other row begins with them and attends to
     them. Rows that are not packed come from generate.py, with a mask.
     """
     packed = row_lengths is not None
@@ -59,7 +59,7 @@ def is_causal(mask, row_lengths: list[int], shared: int) -> bool:
 
 
 def masked_attention(query, key, value, mask, scaling=None, dropout=0.0, **_):
-    """Attention under `mask` `[rows, 1, width, length]`; query `[rows, heads, width, head_dim]`.
+    """Attention of queries `[rows, heads, width, head_dim]` under a mask `[rows, 1, width, length]`.
 
     The heads that share a key head ask it as one head with so many more queries. So no key is copied.
     """

@@ -27,8 +27,9 @@ Row = tuple[list[int], list[bool]]  # (ids, is_target), both [length]; see engin
 
 @dataclass
 class Ways:
-    """The fast ways that a model allows. As they stand here, none: each row goes alone, which is always
-    right.
+    """The fast ways that a model allows.
+
+    By default there is none, so each row goes alone. That is right for every model.
     """
 
     packed: bool = False  # rows that are packed end to end give what each gives alone
@@ -52,8 +53,9 @@ def target_logits(
 
 
 def target_loss(model, rows: list[Row], share_prefix: bool, ways: Ways) -> torch.Tensor:
-    """-Σ log p(target) over all rows' target tokens, in nats; without keeping logits where the head allows
-    it.
+    """-Σ log p(target) over all rows' target tokens, in nats.
+
+    Where the head allows it, the logits are not kept.
     """
     head = model.get_output_embeddings() if ways.plain_head else None
     frozen = type(head) is torch.nn.Linear and not head.weight.requires_grad  # not where LoRA is on the head
@@ -63,7 +65,7 @@ def target_loss(model, rows: list[Row], share_prefix: bool, ways: Ways) -> torch
 
     total = 0
     for inputs, predicts, targets in forwards(model, rows, share_prefix, ways):
-        hidden = model.base_model(**inputs).last_hidden_state[0, predicts]
+        hidden = model.base_model(**inputs).last_hidden_state[0, predicts].to(head.weight.dtype)
         total = total + HeadLoss.apply(hidden, head.weight, targets)
     return total
 
@@ -76,13 +78,16 @@ def forwards(model, rows: list[Row], share_prefix: bool, ways: Ways) -> Iterator
 
 
 def pack(model, rows: list[Row], shared: int = 0) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """All rows as one sequence, in their order; the `shared` tokens that all begin with come once, at the
-    front.
+    """All rows as one sequence, in their order.
 
-    Returns the model's inputs, the positions `[targets]` whose outputs predict the targets, and the targets
-    `[targets]`. One row alone is passed as plainly as can be.
+    The `shared` tokens that all rows begin with come once, at the front. Returns the model's inputs, the
+    positions `[targets]` whose outputs predict the targets, and the targets `[targets]`. One row alone is
+    passed as plainly as can be.
     """
-    ids, positions, is_target, lengths = [], [], [], []
+    ids = []
+    positions = []
+    is_target = []
+    lengths = []
 
     def add(row_ids, row_is_target, start):
         ids.extend(row_ids)

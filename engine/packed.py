@@ -38,7 +38,8 @@ def target_loss(model, rows: list[Row], share_prefix: bool = False) -> torch.Ten
 def token_log_probs(model, rows: list[Row], share_prefix: bool = False) -> Iterator[list[float]]:
     """log p of every target token in nats, a list a row.
 
-    Out of memory: the same rows again, in groups half as large. InputError: one row alone does not fit.
+    Where memory runs out, the same rows go again, in groups half as large. InputError: one row alone does
+    not fit.
     """
     done = 0
     tokens = 4096
@@ -62,7 +63,7 @@ def token_log_probs(model, rows: list[Row], share_prefix: bool = False) -> Itera
 
 
 def group_log_probs(model, group: list[Row], share_prefix: bool) -> list[list[float]] | None:
-    """log p of every target token of rows that are forwarded together; None where memory runs out.
+    """log p of every target token of rows that are forwarded together. None: memory ran out.
 
     It is a function of its own because the exception holds the tensors of the pass that failed. They are
     freed only once the exception is gone.
