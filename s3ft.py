@@ -29,6 +29,7 @@ from data import prompt
 from engine import trial
 from engine.chat import check_template, training_ids
 from engine.model import load_model, usable_device
+from engine.peft_check import check_saved
 from judges import JUDGES
 from results import preview
 from results.config import Comparison, Job, Machine, brought_by_a_person, continued, keep, plain_name
@@ -128,7 +129,7 @@ def run(job: Job) -> None:
     if job.machine.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     progress = train(model, tokenizer, task, encoded, validation, job.folder, job.training)
-    print(lora.check_saved(model, job.folder), end="")
+    print(check_saved(model, job.folder), end="")
     write_json(job.folder / "training.json", summary(progress, job.method, sources, job.training))
     if ranks.RANK == 0:
         (job.folder / "checkpoint.pt").unlink()
