@@ -18,17 +18,17 @@ Differences from the LoRA paper:
    exact to the bit and `disabled` works on a merged model too. The price is a second copy of each adapted
    weight. `train()` and `eval()` switch dropout and nothing else.
 
-An adapter is for the class that AutoModelForCausalLM gives a checkpoint. Other classes of the same checkpoint
-(...ForConditionalGeneration) give their layers other names, so that PEFT would put nothing into them there.
+A saved adapter loads into the class that AutoModelForCausalLM gives the checkpoint, here and in PEFT. Other
+classes of the checkpoint (...ForConditionalGeneration) name their layers otherwise, so that PEFT would put
+nothing into them. PEFT 0.21 misreads some all-linear adapters of mixtures of experts, and refuses out_proj in
+Mamba models. engine/peft_check.py says where, and `load` reads them whole.
 
-Three parts: LoRA itself, PEFT's files, a dropout for the CPU. A reader of LoRA can stop after the first.
+Two parts: LoRA itself, and PEFT's files. A reader of LoRA can stop after the first.
 """
 
-import copy
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,14 +38,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.linear import dropout, is_plain_linear
+
 
 class LoRALinear(nn.Module):
-    """x -> base(x) + scale B A dropout(x), for x `[..., in]` and a result `[..., out]`, in place of
-    nn.Linear.
+    """x -> base(x) + scale B A dropout(x), for x `[..., in]` and a result `[..., out]`.
 
-    `base` is the frozen layer, `lora_A` is `[r, in]`, `lora_B` is `[out, r]`. For the backward pass the
-    frozen product keeps only its weight, and the update keeps dropout(x), the dropout mask and the `[..., r]`
-    product. ValueError: a rank below 1, or a dropout outside [0, 1).
+    It stands in place of an nn.Linear, its frozen `base`. `lora_A` is `[r, in]`, `lora_B` is `[out, r]`. For
+    the backward pass the frozen product keeps only its weight, and the update keeps dropout(x), the dropout
+    mask and the `[..., r]` product. ValueError: a rank below 1, or a dropout outside [0, 1).
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, rslora: bool = False):
@@ -214,23 +215,7 @@ def left_out(model: nn.Module) -> list[str]:
     """
     head = _head(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return [name for name, module in linears.items() if module is not head and not _is_plain(module)]
-
-
-@torch.no_grad()
-def _is_plain(module: nn.Module) -> bool:
-    """Is the module an `nn.Linear` that computes W x + b and nothing else? One of another class is tried."""
-    if not isinstance(module, nn.Linear):
-        return False
-    if type(module).forward is nn.Linear.forward:
-        return True
-    x = torch.ones(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
-    try:
-        found = module(x)
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return False
-    expected = F.linear(x, module.weight, module.bias)
-    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
+    return [name for name, module in linears.items() if module is not head and not is_plain_linear(module)]
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -252,7 +237,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
     for name, module in model.named_modules():
         if name in adapted:
             found[name] = module.base
-        elif _is_plain(module) and module is not head and module not in frozen:
+        elif is_plain_linear(module) and module is not head and module not in frozen:
             found[name] = module
     return found
 
@@ -371,65 +356,6 @@ def load(model: nn.Module, folder: str | os.PathLike, trainable: bool = False) -
     return names
 
 
-def check_saved(model: nn.Module, folder: str | os.PathLike) -> str:
-    """Load the adapter in `folder` with PEFT, and compare it with the model's, tensor by tensor.
-
-    Returns "" where they are equal or there is no PEFT, otherwise one line. PEFT loads it onto a copy of the
-    model whose weights are all one number, which costs no memory. In mixtures of experts PEFT 0.21 takes
-    layers named gate_proj, up_proj or down_proj for old names of experts, also where they belong to a dense
-    layer or a shared expert. Their tensors are dropped with no more than a warning.
-    """
-    try:
-        theirs = _layers_in_peft(model, folder)
-    except ImportError:
-        return ""
-    except Exception as error:  # whatever PEFT raises over layers that it does not take
-        wrong = f"PEFT cannot load this adapter ({' '.join(str(error).split())[:200]})"
-    else:
-        ours = layers(model)
-        differ = [name for name in ours if name not in theirs or not _same_update(ours[name], theirs[name])]
-        differ += [name for name in theirs if name not in ours and _has_update(theirs[name])]
-        if not differ:
-            return ""
-        wrong = f"PEFT loads {len(differ)} layers of this adapter wrongly or not at all, such as {differ[0]}"
-    return f"{folder}: {wrong}. lora.load reads it whole, and lora.merge with lora.remove makes a plain model"
-
-
-def _layers_in_peft(model: nn.Module, folder: str | os.PathLike) -> dict[str, nn.Module]:
-    """Module name -> PEFT's LoRA layer there, after PEFT has loaded the adapter onto a copy without
-    weights."""
-    import peft
-
-    with torch.device("meta"):
-        bare = type(model)(copy.deepcopy(model.config))
-    for module in bare.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            one_number = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
-            module.register_parameter(name, nn.Parameter(one_number, requires_grad=False))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = peft.PeftModel.from_pretrained(bare, str(folder), torch_device="cpu")
-    found = {}
-    for name, module in loaded.base_model.model.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            found[name] = module
-    return found
-
-
-def _same_update(layer: LoRALinear, other: nn.Module) -> bool:
-    """Has PEFT's layer the same A, B and scale?"""
-    if "default" not in other.lora_A or other.scaling["default"] != layer.scale:
-        return False
-    same_a = torch.equal(other.lora_A["default"].weight.cpu(), layer.lora_A.cpu())
-    return same_a and torch.equal(other.lora_B["default"].weight.cpu(), layer.lora_B.cpu())
-
-
-def _has_update(other: nn.Module) -> bool:
-    """Has PEFT's layer got tensors? Where it got none, its B stays 0."""
-    return bool(other.lora_B["default"].weight.any())
-
-
 def _check_fit(
     model: nn.Module, config: dict, state: dict[str, Tensor], folder: str | os.PathLike
 ) -> list[str]:
@@ -480,21 +406,3 @@ def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
-
-
-# --- Dropout for the CPU ------------------------------------------------------------------------------------
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Each element of x is 0 with probability p, else divided by 1 - p. On a GPU it is torch's `F.dropout`.
-
-    On the CPU torch takes longer to draw the mask of a LoRA layer than to run the layer's two products, and
-    keeps it in x's dtype. Here an element gets 16 random bits, a fourth of an int64, and a byte is kept for
-    it. p is rounded to 1/65536.
-    """
-    if p == 0 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    below = min(round(p * 2**16), 2**16 - 1)  # so many of the 2**16 values drop an element
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    drop = bits.view(torch.int16)[: x.numel()] < below - 2**15
-    return x.masked_fill(drop.view(x.shape), 0).mul_(2**16 / (2**16 - below))

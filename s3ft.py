@@ -29,6 +29,7 @@ from engine import trial
 from engine.chat import check_template, training_ids
 from engine.fingerprint import fingerprint
 from engine.model import load_model, usable_device
+from engine.peft_check import check_saved
 from judges import JUDGES
 from results import config, preview
 from results.config import Comparison, Job, Machine
@@ -118,10 +119,10 @@ def run(job: Job) -> None:
     # 3. Line 16: train on D'.
     encoded = [training_ids(tokenizer, row["prompt"], row["response"], row.get("tokens")) for row in rows]
     progress = train(model, tokenizer, task, encoded, validation, job.folder, job.training)
-    lora.load(model, job.folder)  # the best one, which need not be the last
-    print(lora.check_saved(model, job.folder), end="")
-    write_json(job.folder / "training.json", summary(progress, job.method, sources, job.training))
     if ranks.RANK == 0:
+        lora.load(model, job.folder)  # the best adapter, which need not be the last
+        print(check_saved(model, job.folder), end="")
+        write_json(job.folder / "training.json", summary(progress, job.method, sources, job.training))
         (job.folder / "checkpoint.pt").unlink()
 
 

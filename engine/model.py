@@ -5,6 +5,7 @@ import datetime
 import functools
 import math
 import resource
+import string
 import sys
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from support.cli import InputError
 transformers.logging.disable_progress_bar()  # of loading weights. It silences downloads as well:
 huggingface_hub.utils.enable_progress_bars()
 
-# What a date format of a chat template may hold (Llama 3.2: "%d %b %Y").
-CLOCK_DIRECTIVES = "%-d %-m %a %A %b %B %d %e %F %H %I %j %m %M %p %S %T %y %Y".split()
+# What may stand between "%" and the letter of a date format, and what stands for "%%" while it is replaced.
+CLOCK_FLAGS = ("", "-", "_", "0", "^", "#", "E", "O")
+PERCENT = "\U000f0002"
 
 
 # --- Devices ------------------------------------------------------------------------------------------------
@@ -52,11 +54,13 @@ def usable_device(name: str | None) -> str:
 
 
 def refuse_unusable_driver() -> None:
-    """InputError: there is an NVIDIA card that this torch cannot use. Hours on the CPU would be a surprise."""
+    """InputError: there is an NVIDIA card that this torch cannot use. Hours on a CPU would surprise."""
     built_for = torch.version.cuda
     if built_for and Path("/dev/nvidiactl").exists() and not torch.cuda.is_available():
-        raise InputError(f"there is an NVIDIA card, but torch, built for CUDA {built_for}, cannot use it: "
-                         "nvidia-smi shows the newest CUDA that the driver serves. --device cpu goes on without")
+        raise InputError(
+            f"there is an NVIDIA card, but torch, built for CUDA {built_for}, cannot use it: "
+            "nvidia-smi shows the newest CUDA that the driver serves. --device cpu goes on without"
+        )
 
 
 def peak_memory_gib() -> float:
@@ -80,8 +84,10 @@ def loading_error_as_one_line(name: str):
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if _is_refused_by_the_hub(error):
-            raise InputError(f"--model {name}: the hub refuses it. Accept its conditions on "
-                             f"https://huggingface.co/{name} and set HF_TOKEN to a token that may read") from None
+            raise InputError(
+                f"--model {name}: the hub refuses it. Accept its conditions on "
+                f"https://huggingface.co/{name} and set HF_TOKEN to a token that may read"
+            ) from None
         one_line = " ".join(str(error).split())
         raise InputError(f"--model {name}: cannot be loaded ({one_line[:300]})") from None
 
@@ -116,24 +122,40 @@ def load_tokenizer(
     if chat_template_kwargs:
         render = tokenizer.apply_chat_template
         tokenizer.apply_chat_template = functools.partial(render, **chat_template_kwargs)
-    if date and isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = stopped_clock(date) + tokenizer.chat_template
+    if date:
+        clock = stopped_clock(date)
+        template = tokenizer.chat_template
+        if isinstance(template, dict):  # several, by name
+            tokenizer.chat_template = {name: clock + text for name, text in template.items()}
+        elif template:
+            tokenizer.chat_template = clock + template
     return tokenizer
 
 
 def stopped_clock(date: str) -> str:
     """A macro in front of a chat template, in place of transformers' clock: `strftime_now(format)`.
 
-    The template sees midnight of `date` (2026-11-25), whenever it is rendered. InputError: that is no date.
+    The template sees midnight of `date` (2026-11-25), whenever it is rendered. It fails over a directive that
+    strftime does not know here. InputError: that is no date.
     """
     try:
         midnight = datetime.datetime.fromisoformat(date)
     except ValueError:
         raise InputError(f"date {date}: not a date such as 2026-11-25") from None
-    filters = ""
-    for directive in CLOCK_DIRECTIVES:
-        filters += f"|replace('{directive}', '{midnight.strftime(directive)}')"
-    return "{%- macro strftime_now(format) -%}{{ format" + filters + " }}{%- endmacro -%}"
+
+    written = {"%%": PERCENT}
+    for flag in CLOCK_FLAGS:
+        for letter in string.ascii_letters:
+            text = midnight.strftime(f"%{flag}{letter}")
+            if "%" not in text:
+                written[f"%{flag}{letter}"] = text
+    return (
+        "{%- macro strftime_now(format) -%}{%- set now = namespace(text=format) -%}"
+        f"{{%- for directive, text in {written}.items() -%}}"
+        "{%- set now.text = now.text|replace(directive, text) -%}{%- endfor -%}"
+        "{%- if '%' in now.text -%}{{ raise_exception('no such date format: ' ~ format) }}{%- endif -%}"
+        "{{ now.text|replace('" + PERCENT + "', '%') }}{%- endmacro %}\n"  # Jinja removes the line break
+    )
 
 
 def load_config(name: str, trust_remote_code: bool = False):

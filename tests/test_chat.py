@@ -1,5 +1,6 @@
 """Chat templates of many kinds: a row is what the template itself writes, a response what people see."""
 
+import datetime
 import inspect
 
 import pytest
@@ -417,6 +418,26 @@ def test_the_clock_of_a_template_stands_still(tmp_path):
     assert text.startswith("Today: 25 Nov 2026, 2026-11-25.")
     with pytest.raises(InputError, match="date yesterday: not a date such as 2026-11-25"):
         load_tokenizer(folder, date="yesterday")
+
+
+@pytest.mark.parametrize("directive", [*"aAbBcCdeFgGhHIjkmMnpPrRSsTuUVwWxXyYzZ", "-d", "-j", "^a", "Ey"])
+def test_the_clock_knows_every_directive(directive, tmp_path):
+    template = "\n{{ strftime_now('<%" + directive + ">%%%d%%d') }}" + CHATML
+    prompt, _ = targets(load_tokenizer(save_with(template, tmp_path), date="2026-05-02"))
+    expected = datetime.datetime(2026, 5, 2).strftime(f"\n<%{directive}>%%%d%%d")
+    assert prompt.partition("<|im_start|>")[0] == expected
+
+
+def test_a_directive_that_nobody_knows_is_one_line(tmp_path):
+    tokenizer = load_tokenizer(save_with("{{ strftime_now('%d %Q') }}" + CHATML, tmp_path), date="2026-05-02")
+    with pytest.raises(InputError, match="no such date format: %d %Q"):
+        chat_ids(tokenizer, QUESTION)
+
+
+def test_the_clock_of_named_templates_stands_still(tmp_path):
+    folder = save_with({"default": CLOCK, "tool_use": CLOCK}, tmp_path)
+    prompt, _ = targets(load_tokenizer(folder, date="2024-02-09"))
+    assert prompt.startswith("Today: 09 Feb 2024, 2024-02-09.<|im_start|>")
 
 
 def test_a_date_changes_nothing_in_a_template_without_a_clock(tmp_path):

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 import lora
+from engine import peft_check
 from engine.model import load_model
 
 peft = pytest.importorskip("peft")
@@ -643,6 +644,53 @@ def test_layers_with_a_forward_of_their_own_are_left_out_and_named():
         lora.inject(model, target_modules="router")
 
 
+class RoundedSum(nn.Linear):
+    """Computes W x + b in float32 and rounds once, where nn.Linear may round twice."""
+
+    def forward(self, x):
+        product = x.float() @ self.weight.float().T
+        return (product + self.bias.float()).to(x.dtype)
+
+
+class NormalisedInput(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.rms_norm(x, x.shape[-1:]))
+
+
+class ClippedInput(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.clamp(-8, 8))
+
+
+class QuantisedInput(nn.Linear):
+    """8 bits a number, as in W8A8."""
+
+    def forward(self, x):
+        step = x.abs().amax(-1, keepdim=True) / 127
+        return super().forward((x / step).round() * step)
+
+
+class TernaryWeight(nn.Linear):
+    """As in BitNet: the weight that is kept is not the one that is used."""
+
+    def forward(self, x):
+        step = self.weight.abs().mean()
+        return nn.functional.linear(x, (self.weight / step).round().clamp(-1, 1) * step, self.bias)
+
+
+@pytest.mark.parametrize("width", [4, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("other", [NormalisedInput, ClippedInput, QuantisedInput, TernaryWeight])
+def test_a_layer_that_changes_its_input_or_weight_is_not_plain(other, dtype, width):
+    torch.manual_seed(0)
+    plain = nn.Sequential(NamedLinear(width, 8), RoundedSum(width, 8)).to(dtype)
+    assert lora.left_out(plain) == []
+    assert lora.left_out(nn.Sequential(other(width, 8).to(dtype))) == ["0"]
+    with torch.device("meta"):
+        bare = nn.Sequential(NamedLinear(width, 8), other(width, 8))
+    assert lora.left_out(bare) == ["1"]
+
+
 def test_all_linear_trains_a_model_whose_router_is_a_linear_layer():
     model = adapted(phimoe())
     assert lora.left_out(model) == [f"model.layers.{i}.mlp.router" for i in (0, 1)]
@@ -656,7 +704,7 @@ def test_the_check_says_whether_peft_computes_the_same(make, targets, tmp_path):
     """In qwen3_moe PEFT takes a dense layer for experts, in all of them an older transformers may stop it."""
     model = adapted(make(), targets)
     lora.save(model, tmp_path)
-    line = lora.check_saved(model, tmp_path)
+    line = peft_check.check_saved(model, tmp_path)
     try:
         theirs = peft.PeftModel.from_pretrained(make(), tmp_path)
     except TypeError:
@@ -676,7 +724,7 @@ def test_the_check_says_whether_peft_computes_the_same(make, targets, tmp_path):
 def test_a_dense_layer_that_peft_takes_for_experts_is_named(tmp_path):
     model = adapted(qwen3_moe())
     lora.save(model, tmp_path)
-    line = lora.check_saved(model, tmp_path)
+    line = peft_check.check_saved(model, tmp_path)
     if line == "" or "cannot load" in line:
         pytest.skip("another version of PEFT")
     assert "PEFT loads 3 layers" in line and "model.layers.0.mlp.gate_proj" in line
@@ -708,7 +756,7 @@ def test_a_file_that_is_not_the_models_adapter_is_noticed(spoil, first, tmp_path
     model = adapted(llama(), ["q_proj", "v_proj"])
     lora.save(model, tmp_path)
     spoil(tmp_path)
-    assert re.search(f"PEFT loads {first}", lora.check_saved(model, tmp_path))
+    assert re.search(f"PEFT loads {first}", peft_check.check_saved(model, tmp_path))
 
 
 def test_what_peft_refuses_is_one_line(tmp_path):
@@ -719,14 +767,14 @@ def test_what_peft_refuses_is_one_line(tmp_path):
     )
     model = adapted(Mamba2ForCausalLM(config))
     lora.save(model, tmp_path)
-    line = lora.check_saved(model, tmp_path)
+    line = peft_check.check_saved(model, tmp_path)
     assert "PEFT cannot load this adapter" in line and "out_proj" in line and "\n" not in line
 
 
 def test_the_check_holds_no_second_model(tmp_path):
     model = adapted(llama(), ["q_proj"])
     lora.save(model, tmp_path)
-    theirs = lora._layers_in_peft(model, tmp_path)
+    theirs = peft_check._layers_in_peft(model, tmp_path)
     assert theirs and all(
         layer.base_layer.weight.untyped_storage().nbytes() <= 4 for layer in theirs.values()
     )
@@ -735,11 +783,11 @@ def test_the_check_holds_no_second_model(tmp_path):
 def test_the_check_of_a_model_as_it_is_loaded_for_a_run(tiny, tmp_path):
     model, _ = load_model(str(tiny), "cpu")  # with the attention that is named "rows"
     lora.save(adapted(model), tmp_path)
-    assert lora.check_saved(model, tmp_path) == ""
+    assert peft_check.check_saved(model, tmp_path) == ""
 
 
 def test_without_peft_nothing_is_checked(tmp_path, monkeypatch):
     model = adapted(llama())
     lora.save(model, tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert lora.check_saved(model, tmp_path) == ""
+    assert peft_check.check_saved(model, tmp_path) == ""
