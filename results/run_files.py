@@ -75,9 +75,9 @@ def read_answers(run: Path, kind: str, keep_unfinished: bool = False) -> dict[st
     return answers
 
 
-def branch_of(y_hat: KeptAnswer, y_tilde: KeptAnswer | None) -> str:
-    """Where Algorithm 1 takes the target from."""
-    if y_hat.usable:
+def branch_of(y_hat: KeptAnswer | None, y_tilde: KeptAnswer | None) -> str:
+    """Where Algorithm 1 takes the target from. A run of SDFT alone has no prediction to take."""
+    if y_hat and y_hat.usable:
         return "prediction"
     if y_tilde and y_tilde.usable:
         return "paraphrase"

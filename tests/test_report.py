@@ -152,6 +152,23 @@ def test_show_prints_a_row_and_refuses_an_unknown_one(run, capsys):
         evaluate.main([f"--out={run}", "--device=cpu", "--show=zz"])
 
 
+def test_a_run_of_sdft_alone_has_paraphrases_and_no_predictions(tiny, tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    out = tmp_path / "run"
+    write_jsonl(out / "paraphrases.jsonl", [
+        {"id": x["id"], "response": x["answer"] if x["id"] == "q1" else "no"} for x in ROWS])
+    files = [f"--{split}-file={tmp_path / 'rows.jsonl'}" for split in ("train", "val", "test")]
+    s3ft.main(["--task=custom", "--judge=numeric", "--method=sdft", f"--model={tiny}", f"--out={out}", *files,
+               "--steps=1", "--max-new-tokens=4", "--device=cpu"])
+
+    evaluate.main([f"--out={out}", "--device=cpu", "--show=q1"])
+    assert "**Row q1, target: ỹ" in capsys.readouterr().out
+    evaluate.main([f"--out={out}", "--device=cpu"])
+    results = json.loads((out / "results.json").read_text())
+    assert [(x["id"], x["target"]) for x in results["examples"]][:2] == [("q1", "paraphrase"), ("q0", "gold")]
+    assert "Of 4 paraphrases" in (out / "report.md").read_text()
+
+
 def test_another_test_file_leaves_the_runs_own_results(run, tmp_path):
     write_jsonl(tmp_path / "other.jsonl", ROWS[:3])
     evaluate.main([f"--out={run}", "--device=cpu", f"--test-file={tmp_path / 'other.jsonl'}"])
