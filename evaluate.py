@@ -32,7 +32,7 @@ import torch
 import transformers
 
 import lora
-from answers import Limits, announce_sandbox, fingerprint, judge_answers, respond
+from answers import Limits, announce_sandbox, fingerprint, judge_answers, note, respond
 from data import EXAMPLES, Example, Task, prompt
 from engine.chat import training_ids
 from engine.drift import kl_drift
@@ -43,7 +43,14 @@ from results.audit import audit
 from results.config import Machine
 from results.reading_scores import reading_scores
 from results.report import write_benchmark_report, write_report
-from results.request import Alone, Evaluation, config_of, read_command_line
+from results.request import (
+    Alone,
+    Evaluation,
+    config_of,
+    read_command_line,
+    scoring_of,
+    zero_shot_in_words,
+)
 from results.table_4 import merge_benchmarks
 from results.training_texts import TrainingTexts, describe
 from support import ranks
@@ -239,10 +246,12 @@ def harness_accuracy(pairs: list[tuple[Example, str]]) -> dict[str, float]:
 
 def score_benchmarks(model, tokenizer, asked: Evaluation | Alone, folder: Path) -> tuple[dict, list[dict]]:
     """(scores, each document's) on the general benchmarks, each score with how it was asked for."""
-    names = list(asked.benchmarks)
-    scores, samples = benchmarks.score(model, tokenizer, names, asked.machine.data, folder, asked.scoring)
-    for score in scores.values():
-        score["settings"] = asdict(asked.scoring)
+    scores, samples = {}, []
+    for name in asked.benchmarks:
+        scoring = scoring_of(asked, name)
+        found, documents = benchmarks.score(model, tokenizer, [name], asked.machine.data, folder, scoring)
+        scores[name] = found[name] | {"settings": asdict(scoring)}
+        samples += documents
     return scores, samples
 
 
@@ -326,6 +335,9 @@ def score_model(alone: Alone) -> str:
 def main(argv=None) -> None:
     """A model on its own, or one of the three questions about a run."""
     asked = read_command_line(argv)
+    zero_shot = zero_shot_in_words(asked)
+    if zero_shot:
+        note(zero_shot)
     if isinstance(asked, Alone):
         with locked(asked.out), ranks.joined(asked.machine.device):
             print(score_model(asked))

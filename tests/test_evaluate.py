@@ -185,6 +185,20 @@ def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
     assert rows[0] != rows[1]
 
 
+def test_a_score_says_how_many_shots_were_shown(tiny, tmp_path, monkeypatch, capsys):
+    """Only MMLU has solved questions to show: the others are asked, and recorded, 0-shot."""
+    file = "winogrande/validation.jsonl"
+    (tmp_path / "data" / "winogrande").mkdir(parents=True)
+    write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
+    monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+    evaluate.main([f"--model={tiny}", "--benchmarks=winogrande", "--num-fewshot=2", f"--data={tmp_path / 'data'}",
+                   "--device=cpu", f"--out={tmp_path / 'alone'}"])
+    scores = json.loads((tmp_path / "alone" / "results.json").read_text())["benchmarks"]
+    assert scores["winogrande"]["settings"]["num_fewshot"] == 0
+    assert "--num-fewshot 2 is for mmlu; 0-shot: winogrande" in capsys.readouterr().err
+    assert (tmp_path / "alone" / "samples.jsonl").exists()  # shared with calls that ask for no shots
+
+
 def test_another_task_than_the_run_was_trained_on(run, capsys):
     evaluate.main([f"--out={run}", "--device=cpu", "--task=reading"])
     results = json.loads((run / "on_reading" / "results.json").read_text())

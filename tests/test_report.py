@@ -204,7 +204,7 @@ def test_several_runs_become_one_page(run, tmp_path, capsys):
     (["--model=M", "--benchmarks=mmlu"], "a run's folder"),
     (["--model=M", "--benchmarks=mmlu", "--task=nq"], "leave --model out"),
     (["--audit=5", "--benchmarks=mmlu"], "stands alone"),
-    (["--benchmarks=winogrande", "--num-fewshot=2"], "only mmlu"),
+    (["--benchmarks=winogrand"], "unknown benchmark"),
     (["--sampled"], "go with --benchmarks"),
     (["--task=nq", "--test-file=F"], "give one of them"),
 ])
