@@ -100,7 +100,7 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     # 3. What they are beside each other, and what they cost.
     folders = {name: evaluation.folder(name) for name in models if name != TRAIN_PROMPT}
     run_files.compare(models, folders, [x.id for x in test_rows])
-    merge_benchmarks(models, run_files.read_results(evaluation.out).get("models", {}))
+    add_earlier_scores(models, run_files.read_results(evaluation.out).get("models", {}), evaluation.out)
     results["notes"] = run_files.read_notes(run, names)
     if not evaluation.elsewhere:
         training = {name: models[name]["training"] for name in names}
@@ -108,6 +108,14 @@ def evaluate_run(evaluation: Evaluation) -> dict:
         results["elsewhere"] = run_files.read_elsewhere(run)
     results["machine"]["peak_memory_gib"] = peak_memory_gib()
     return run_files.finite(results)
+
+
+def add_earlier_scores(models: dict[str, dict], earlier: dict[str, dict], folder: Path) -> None:
+    """merge_benchmarks, and a line about scores of other weights, which the report loses."""
+    left_out = merge_benchmarks(models, earlier)
+    if left_out:
+        note(f"{folder / 'results.json'}: its scores of {', '.join(left_out)} are of other weights, or do not "
+             "say of which: they are left out. Name the benchmarks again to have them")
 
 
 def load_base_model(config: dict, machine: Machine):
@@ -164,7 +172,7 @@ class Measure:
     def base(self) -> dict:
         """The base model's row of the report. Drift needs its responses to the general prompts."""
         folder = self.evaluation.folder("base")
-        result = self.answers(self.task.predict, folder)
+        result = self.answers(self.task.predict, folder) | {"weights": fingerprint(self.model)}
         respond(self.model, self.tokenizer, self.general, folder / "general.jsonl", Limits(GENERAL_TOKENS))
         if self.evaluation.benchmarks:
             scores, self.base_samples = self._score("base")
@@ -175,7 +183,7 @@ class Measure:
         """A trained model's row of the report. Its adapter is in the model."""
         evaluation = self.evaluation
         folder = evaluation.folder(name)
-        result = self.answers(self.task.train, folder)
+        result = self.answers(self.task.train, folder) | {"weights": fingerprint(self.model)}
         dialogues = self._base_dialogues()
         result["drift"] = kept_drift(self.model, self.tokenizer, dialogues, folder / "drift.json")
         result["training"] = run_files.read_training(evaluation.run / name)
@@ -319,12 +327,20 @@ def score_model(alone: Alone) -> str:
         load_adapter(model, alone.adapter)
     scores, _ = score_benchmarks(model, tokenizer, alone, alone.out)
 
-    models = {alone.model: {"benchmarks": {"scores": scores}}}
-    earlier = run_files.read_results(alone.out).get("benchmarks")
-    merge_benchmarks(models, {alone.model: {"benchmarks": {"scores": earlier or {}}}})
+    weights = fingerprint(model)
+    models = {alone.model: {"weights": weights, "benchmarks": {"scores": scores}}}
+    before = run_files.read_results(alone.out)
+    if before.get("benchmarks"):
+        earlier = {"weights": before.get("weights"), "benchmarks": {"scores": before["benchmarks"]}}
+        add_earlier_scores(models, {alone.model: earlier}, alone.out)
     scores = models[alone.model]["benchmarks"]["scores"]
-    adapter = str(alone.adapter) if alone.adapter else None
-    results = {"model": alone.model, "adapter": adapter, "machine": machine_of(model), "benchmarks": scores}
+    results = {
+        "model": alone.model,
+        "adapter": str(alone.adapter) if alone.adapter else None,
+        "weights": weights,
+        "machine": machine_of(model),
+        "benchmarks": scores,
+    }
     write_json(alone.out / "results.json", run_files.finite(results))
     return write_benchmark_report(alone.model, scores, alone.out)
 

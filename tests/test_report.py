@@ -64,17 +64,41 @@ def test_another_task_and_a_generated_benchmark_have_room_outside_the_average():
 
 
 def test_a_second_call_adds_to_the_first():
-    models = {"base": {"benchmarks": {"scores": {"mmlu": score(0.5, num_fewshot=5)}}}}
+    models = {"base": {"weights": "a", "benchmarks": {"scores": {"mmlu": score(0.5, num_fewshot=5)}}}}
     earlier = {"mmlu": score(0.4, limit=2), "hellaswag": score(0.3)}
-    merge_benchmarks(models, {"base": {"benchmarks": {"scores": earlier}}})
+    merge_benchmarks(models, {"base": {"weights": "a", "benchmarks": {"scores": earlier}}})
     scores = models["base"]["benchmarks"]["scores"]
     assert {column: found["acc"] for column, found in scores.items()} == {
         "mmlu": 0.5, "mmlu, 0-shot, first 2": 0.4, "hellaswag": 0.3}
 
-    again = {"base": {"benchmarks": {"scores": {"mmlu": score(0.6, num_fewshot=5)}}}}
+    again = {"base": {"weights": "a", "benchmarks": {"scores": {"mmlu": score(0.6, num_fewshot=5)}}}}
     merge_benchmarks(again, models)
     assert again["base"]["benchmarks"]["scores"]["mmlu"]["acc"] == 0.6
     assert len(again["base"]["benchmarks"]["scores"]) == 3
+
+
+def measured(weights: str | None, acc: float | None = None) -> dict:
+    """A model's entry in results.json, with a score of hellaswag and its drops."""
+    drop = {"drop": 0.1, "interval": [0.0, 0.2], "n": 100}
+    benchmarks = {"scores": {"hellaswag": score(acc or 0.5)}}
+    benchmarks |= {"drop": {"hellaswag": drop}, "drop_log_p": {"hellaswag": drop}}
+    return {"weights": weights} | ({"benchmarks": benchmarks} if acc else {})
+
+
+@pytest.mark.parametrize(("before", "now"), [("a", "b"), (None, "b"), (None, None)])
+def test_scores_of_other_weights_are_left_out(before, now):
+    models = {"base": measured("base"), "sft": measured(now)}
+    assert merge_benchmarks(models, {"base": measured("base", 0.6), "sft": measured(before, 0.5)}) == ["sft"]
+    assert models["base"]["benchmarks"]["scores"]["hellaswag"]["acc"] == 0.6 and "benchmarks" not in models["sft"]
+
+
+def test_a_drop_is_carried_where_the_base_model_is_the_same():
+    for base in ("base", "another"):
+        models = {"base": measured(base), "sft": measured("a")}
+        merge_benchmarks(models, {"base": measured("base", 0.6), "sft": measured("a", 0.5)})
+        kept = models["sft"]["benchmarks"]
+        assert kept["scores"]["hellaswag"]["acc"] == 0.5
+        assert ("drop" in kept, "drop_log_p" in kept) == (base == "base", base == "base")
 
 
 # ------------------------------------------------------------------------------ the files of a run
