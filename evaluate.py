@@ -55,7 +55,7 @@ from results.table_4 import merge_benchmarks
 from results.training_texts import TrainingTexts, describe
 from support import ranks
 from support.cli import InputError, exit_cleanly
-from support.files import digest, locked, read_json, read_jsonl, write_json
+from support.files import digest, locked, read_jsonl, write_json
 from support.stats import wilson
 from tasks import benchmarks, gsm8k, task_of
 
@@ -100,7 +100,8 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     # 3. What they are beside each other, and what they cost.
     folders = {name: evaluation.folder(name) for name in models if name != TRAIN_PROMPT}
     run_files.compare(models, folders, [x.id for x in test_rows])
-    add_earlier_scores(models, run_files.read_results(evaluation.out).get("models", {}), evaluation.out)
+    earlier = run_files.read_results(evaluation.out)
+    add_earlier_scores(models, earlier.get("models", {}), evaluation.out)
     results["notes"] = run_files.read_notes(run, names)
     if not evaluation.elsewhere:
         training = {name: models[name]["training"] for name in names}
@@ -268,14 +269,12 @@ def score_benchmarks(model, tokenizer, asked: Evaluation | Alone, folder: Path) 
 
 def kept_drift(model, tokenizer, dialogues: dict[str, list], path: Path) -> dict[str, float]:
     """kl_drift over every kind of dialogues, kept in `path` with a digest of them and of the model."""
-    kept = read_json(path) if path.exists() else {}
     made_of = digest(dialogues, fingerprint(model))
-    if kept.get("digest") != made_of:
-        kept = {"digest": made_of}
-        for kind, turns in dialogues.items():
-            kept[kind] = kl_drift(model, tokenizer, turns)
-        write_json(path, kept)
-    return {kind: kept[kind] for kind in dialogues}
+    found = run_files.read_drift(path, dialogues, made_of)
+    if found is None:
+        found = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
+        write_json(path, {"digest": made_of} | found)
+    return found
 
 
 # ------------------------------------------------------------------------------ log p(y | x)

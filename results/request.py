@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from engine.model import usable_device
+from results.checks import check_config
 from results.config import Machine, read_comparison
 from results.run_files import trained_methods
 from support.cli import InputError, one_line_error, positive_int
+from support.files import read_json
 from tasks import CUSTOM_FLAGS
 from tasks.benchmarks import BENCHMARKS, ZERO_SHOT, Scoring
 
@@ -75,6 +77,9 @@ def zero_shot_in_words(asked: Evaluation | Alone) -> str:
 
 def config_of(evaluation: Evaluation) -> dict:
     """The run's settings, with the other test rows that are asked for."""
+    path = evaluation.run / "config.json"
+    if path.exists():
+        check_config(read_json(path), str(path))
     config = asdict(read_comparison(evaluation.run))
     if evaluation.task:
         others = {"trained_on": config["task"], "task": evaluation.task}

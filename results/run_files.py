@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from judges import leaks
-from support.cli import InputError
+from results.checks import NUMBER, RESPONSE, VERDICT, check_fields, check_results, check_training, read_rows
 from support.files import read_bytes, read_json, read_jsonl, resume_jsonl
 from support.numerals import mark_differs
 from support.stats import mcnemar
@@ -24,11 +25,9 @@ def trained_methods(run: Path) -> list[str]:
 
 
 def read_training(folder: Path) -> dict:
-    """A method's training.json. What an older one does not say is None. InputError: it is no JSON object."""
+    """A method's training.json. What an older one does not say is None. InputError names a bad field."""
     path = folder / "training.json"
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object; remove it, and s3ft.py makes it again")
+    found = check_training(read_json(path), f"{path} (remove it, and s3ft.py makes it again)")
     unsaid = ("steps", "step", "validation", "minutes", "tokens", "tokens_per_second", "peak_memory_gib")
     return {"method": folder.name, "sources": {}} | dict.fromkeys(unsaid) | found
 
@@ -57,14 +56,24 @@ class KeptAnswer:
     tokens: list[int] | None = None  # what the model generated, where that is known
 
 
+def read_responses(path: Path) -> list[dict]:
+    """The rows of a file of responses, [] if there is none. InputError names a bad row and its field."""
+    return read_rows(path, RESPONSE, may_lack={"finished": bool, "tokens": list | None})
+
+
+def read_verdicts(path: Path) -> list[dict]:
+    """The rows of a file of verdicts, [] if there is none. InputError names a bad row and its field."""
+    return read_rows(path, VERDICT)
+
+
 def read_answers(run: Path, kind: str, keep_unfinished: bool = False) -> dict[str, KeptAnswer]:
     """id -> answer, of predictions or paraphrases.
 
     Usable is what the judge accepts, is not cut off, and (of a paraphrase) does not leak its prompt.
     """
-    verdicts = {row["id"]: row["accepted"] for row in resume_jsonl(run / f"{kind}.judged.jsonl")}
+    verdicts = {row["id"]: row["accepted"] for row in read_verdicts(run / f"{kind}.judged.jsonl")}
     answers = {}
-    for row in resume_jsonl(run / f"{kind}.jsonl"):
+    for row in read_responses(run / f"{kind}.jsonl"):
         text = row["response"]
         verdict = verdicts.get(row["id"])
         finished = row.get("finished", True)
@@ -88,9 +97,9 @@ def selection_faults(run: Path) -> dict[str, dict[str, int]]:
     """What was cut off, or had no readable verdict, among the responses to the training rows."""
     found = {}
     for kind in KINDS:
-        rows = resume_jsonl(run / f"{kind}.jsonl")
+        rows = read_responses(run / f"{kind}.jsonl")
         if rows:
-            verdicts = resume_jsonl(run / f"{kind}.judged.jsonl")
+            verdicts = read_verdicts(run / f"{kind}.judged.jsonl")
             found[kind] = {
                 "n": len(rows),
                 "length_limit_hit": sum(not row.get("finished", True) for row in rows),
@@ -192,14 +201,26 @@ def _sums(total: Counter) -> dict:
 
 
 def read_results(folder: Path) -> dict:
-    """results.json of an earlier call, {} where there is none. InputError: it is none of ours."""
+    """results.json of an earlier call, {} where there is none. InputError names a bad field."""
     path = folder / "results.json"
     if not path.exists():
         return {}
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object; remove it, and evaluate.py makes it again")
-    return found
+    return check_results(read_json(path), f"{path} (remove it, and evaluate.py makes it again)")
+
+
+def read_drift(path: Path, kinds: Iterable[str], made_of: str) -> dict[str, float] | None:
+    """Drift of each kind that an earlier call kept. None: there is none, or it is of something else.
+
+    InputError names a bad field.
+    """
+    if not path.exists():
+        return None
+    where = f"{path} (remove it, and evaluate.py makes it again)"
+    kept = check_fields(read_json(path), {}, where)
+    if kept.get("digest") != made_of:
+        return None
+    check_fields(kept, dict.fromkeys(kinds, NUMBER), where)
+    return {kind: kept[kind] for kind in kinds}
 
 
 def read_elsewhere(run: Path) -> dict[str, dict]:

@@ -10,6 +10,7 @@ several ways, the latest one has that name, and the others say in theirs what wa
 import math
 from statistics import mean
 
+from results.checks import metrics_of
 from results.markdown import markdown_table, paper_row, percent, points
 from results.paper import GENERAL, PAPER_BENCHMARKS, paper_drop
 
@@ -86,11 +87,6 @@ def headline(column: str, score: dict) -> float:
     if "acc" in score:
         return score["acc"]
     return next(score[metric] for metric in metrics_of(score))
-
-
-def metrics_of(score: dict) -> list[str]:
-    aside = ("n", "subjects", "settings")
-    return [key for key in score if key not in aside and not key.endswith("_stderr")]
 
 
 def columns_of(models: dict[str, dict]) -> list[str]:

@@ -1,6 +1,7 @@
 """The report's tables against the paper and hand calculations, several calls and runs, faulty run folders."""
 
 import json
+import re
 
 import pytest
 
@@ -8,7 +9,14 @@ import evaluate
 import s3ft
 from results import tables
 from results.paper import GENERAL, PAPER_BENCHMARKS, paper_drop
-from results.run_files import finite, read_answers, read_costs, unused_answers
+from results.run_files import (
+    finite,
+    read_answers,
+    read_costs,
+    read_drift,
+    read_training,
+    unused_answers,
+)
 from results.table_4 import benchmarks_table, mean_drop, merge_benchmarks
 from support.cli import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
@@ -249,6 +257,97 @@ def test_an_older_run_is_still_measured(run):
     write_json(run / "sft" / "training.json", {"method": "sft", "minutes": 1.0})
     evaluate.main([f"--out={run}", "--device=cpu"])
     assert "| sft |  |  |  |  |" in (run / "report.md").read_text()
+
+
+@pytest.fixture
+def bare_run(tmp_path):
+    """The files of a run that are read before, or without, a model."""
+    write_json(tmp_path / "config.json", {"task": "gsm8k", "model": "M"})
+    write_json(tmp_path / "sft" / "training.json", {"minutes": 1.0, "sources": {"gold": 4}})
+    base = {"accuracy": 0.5, "interval": [0.4, 0.6], "n": 4}
+    results = {"config": {"task": "gsm8k", "model": "M"}, "machine": {"date": "2026-01-01", "device": "cpu"}}
+    write_json(tmp_path / "results.json", results | {"models": {"base": base}})
+    return tmp_path
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"minutes": "x"}, "'minutes' must be a number or null, found \"x\""),
+    ({"sources": 3}, "'sources' must be an object, found 3"),
+    ({"sources": {"gold": "all"}}, "sources: the field 'gold' must be a whole number"),
+    ({"validation": [1]}, "'validation' must be a number or null"),
+])
+def test_a_bad_field_of_training_json_is_named(bare_run, change, message):
+    write_json(bare_run / "sft" / "training.json", change)
+    with pytest.raises(InputError, match=r"sft/training\.json.*" + re.escape(message)):
+        read_training(bare_run / "sft")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"task": "custom", "judge": "numeric"}, "'files' must name the custom task's three files"),
+    ({"task": "custom", "files": ["a", "b", "c"]}, "'judge' must be one of"),
+    ({"files": [1, 2, 3]}, "'files' must be a list of texts, not 1"),
+    ({"files": 3}, "'files' must be a list or null, found 3"),
+    ({"limit": "8"}, "'limit' must be a whole number or null, found \"8\""),
+    ({"task": None}, "'task' must be text, found null"),
+])
+def test_a_bad_field_of_config_json_is_named(bare_run, change, message):
+    write_json(bare_run / "config.json", {"task": "gsm8k", "model": "M"} | change)
+    with pytest.raises(InputError, match=r"config\.json: .*" + re.escape(message)):
+        evaluate.main([f"--out={bare_run}", "--device=cpu"])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"benchmarks": {}}, "benchmarks: the field 'scores' is missing"),
+    ({"benchmarks": None}, "'benchmarks' must be an object"),
+    ({"benchmarks": {"scores": {"mmlu": 1}}}, "mmlu: expected a JSON object, found 1"),
+    ({"benchmarks": {"scores": {"mmlu": {"n": 3}}}}, "mmlu: it has no metric"),
+    ({"benchmarks": {"scores": {"truthfulqa": {"n": 3, "mc1": 0.5}}}}, "the field 'mean' is missing"),
+    ({"benchmarks": {"scores": {}, "drop": {"mmlu": {"drop": 1}}}}, "the field 'interval' is missing"),
+    ({"accuracy": "high"}, "'accuracy' must be a number"),
+    ({"interval": [1]}, "'interval' must be two numbers, found [1]"),
+    ({"training": {}}, "the field 'sources' is missing"),
+])
+def test_a_bad_field_of_results_json_is_named(bare_run, change, message):
+    results = json.loads((bare_run / "results.json").read_text())
+    results["models"]["base"] |= change
+    write_json(bare_run / "results.json", results)
+    with pytest.raises(InputError, match=r"results\.json.*" + re.escape(message)):
+        tables.main([str(bare_run)])
+
+
+@pytest.mark.parametrize("field", ["config", "machine", "models"])
+def test_results_without_what_a_page_shows_are_refused(bare_run, field):
+    results = json.loads((bare_run / "results.json").read_text())
+    for value in ({}, None):
+        write_json(bare_run / "results.json", results | {field: value})
+        with pytest.raises(InputError, match=r"results\.json"):
+            tables.main([str(bare_run)])
+
+
+def test_a_run_that_was_not_measured_is_named_and_left_out(bare_run, capsys):
+    missing = bare_run / "not-yet"
+    tables.main([str(bare_run), str(missing)])
+    page = capsys.readouterr().out
+    assert f"- {missing}: left out, it has no results.json" in page and "| base | 50.0 (40.0 to 60.0) |" in page
+
+
+@pytest.mark.parametrize(("kept", "message"), [
+    ([], "expected a JSON object"), ({"digest": "d", "task": "low", "general": 0.1}, "'task' must be a number")])
+def test_a_bad_field_of_drift_json_is_named(tmp_path, kept, message):
+    write_json(tmp_path / "drift.json", kept)
+    with pytest.raises(InputError, match=r"drift\.json.*" + message):
+        read_drift(tmp_path / "drift.json", ("general", "task"), "d")
+
+
+@pytest.mark.parametrize(("file", "row", "message"), [
+    ("predictions.jsonl", {"id": "q0"}, "row 1: the field 'response' is missing"),
+    ("predictions.jsonl", {"id": "q0", "response": 4}, "'response' must be text"),
+    ("predictions.judged.jsonl", {"id": "q0", "accepted": "yes"}, "'accepted' must be true, false or null"),
+])
+def test_a_bad_row_of_answers_is_named(tmp_path, file, row, message):
+    write_jsonl(tmp_path / file, [row])
+    with pytest.raises(InputError, match=message):
+        read_answers(tmp_path, "predictions")
 
 
 @pytest.mark.parametrize("file", ["config.json", "sft/training.json", "results.json"])
