@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from engine.model import usable_device
@@ -9,7 +10,7 @@ from results.checks import check_config
 from results.config import Machine, read_comparison
 from results.run_files import trained_methods
 from support.cli import InputError, one_line_error, positive_int
-from support.files import read_json
+from support.files import file_digests, read_json
 from tasks import CUSTOM_FLAGS
 from tasks.benchmarks import BENCHMARKS, ZERO_SHOT, Scoring
 
@@ -30,11 +31,17 @@ class Evaluation:
     audit: int | None = None  # instead of all that: how many judged rows a person marks
     show: str | None = None  # instead of all that: the training row that is shown
 
-    @property
+    @cached_property
     def elsewhere(self) -> str:
-        """The name of the folders for other test rows than the run's own, "" for its own."""
-        if self.task or self.test_file:
-            return f"on_{self.task or Path(self.test_file).stem}"
+        """The name of the folders for other test rows than the run's own, "" for its own.
+
+        That of a test file tells its contents: two files may be of one name.
+        """
+        if self.task:
+            return f"on_{self.task}"
+        if self.test_file:
+            (contents,) = file_digests([self.test_file])
+            return f"on_{Path(self.test_file).stem}-{contents[:8]}"
         return ""
 
     @property

@@ -9,6 +9,7 @@ import evaluate
 import s3ft
 from results import tables
 from results.paper import GENERAL, PAPER_BENCHMARKS, paper_drop
+from results.request import Evaluation
 from results.run_files import (
     finite,
     read_answers,
@@ -204,8 +205,18 @@ def test_a_run_of_sdft_alone_has_paraphrases_and_no_predictions(tiny, tmp_path, 
 def test_another_test_file_leaves_the_runs_own_results(run, tmp_path):
     write_jsonl(tmp_path / "other.jsonl", ROWS[:3])
     evaluate.main([f"--out={run}", "--device=cpu", f"--test-file={tmp_path / 'other.jsonl'}"])
-    results = json.loads((run / "on_other" / "results.json").read_text())
+    (folder,) = run.glob("on_other-????????")
+    results = json.loads((folder / "results.json").read_text())
     assert results["models"]["sft"]["n"] == 3 and not (run / "results.json").exists()
+
+
+def test_two_test_files_of_one_name_have_a_folder_each(tmp_path):
+    folders = set()
+    for name, rows in (("a", ROWS), ("b", ROWS[:3])):
+        write_jsonl(tmp_path / name / "gsm8k.jsonl", rows)
+        asked = Evaluation(tmp_path / "run", test_file=str(tmp_path / name / "gsm8k.jsonl"))
+        folders.add(asked.folder("sft"))
+    assert len(folders | {Evaluation(tmp_path / "run", task="gsm8k").folder("sft")}) == 3
 
 
 def test_the_base_model_stands_under_both_prompts_where_they_differ(run, monkeypatch):
