@@ -1,14 +1,17 @@
 """What the files of a run folder say: its methods, answers and verdicts, what was not used, what it cost."""
 
 import math
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from judges import leaks
 from results.checks import NUMBER, RESPONSE, VERDICT, check_fields, check_results, check_training, read_rows
-from support.files import read_bytes, read_json, read_jsonl, resume_jsonl
+from support import ranks
+from support.cli import InputError
+from support.files import read_bytes, read_json, read_jsonl
 from support.numerals import mark_differs
 from support.stats import mcnemar
 
@@ -145,6 +148,7 @@ def compare(models: dict[str, dict], folders: dict[str, Path], ids: list[str]) -
 # ------------------------------------------------------------------------------ costs
 
 
+COST = {"folder": str, "calls": int, "tokens": int, "seconds": NUMBER, "rank": int}  # a row of a costs.jsonl
 STAGES = {  # of a costs.jsonl, in the words of the report
     "predictions": "predict",
     "judge:predictions": "judge predictions",
@@ -156,45 +160,64 @@ STAGES = {  # of a costs.jsonl, in the words of the report
 
 
 def read_costs(run: Path, training: dict[str, dict]) -> list[dict]:
-    """What D', training and evaluation cost: {"stage", "model", "calls", "tokens", "seconds"} a stage, summed
-    over every call of it.
+    """What D', training and evaluation cost: {"stage", "model", "calls", "tokens", "seconds"} of each stage.
 
-    From costs.jsonl, beside the answers, and from `training` (name -> training.json). What was made
-    elsewhere, or before costs were kept, is not in it.
+    From costs.jsonl, beside the answers, and from `training` (name -> training.json). Calls and tokens are
+    summed over every call of a stage. With torchrun its processes work side by side, so the seconds are those
+    of the process that took longest. What was made elsewhere, or before costs were kept, is not in it.
     """
-    making, evaluating = {stage: Counter() for stage in STAGES.values()}, {}
+    making = {stage: [] for stage in STAGES.values()}
+    evaluating = {}
     for folder, row in _cost_rows(run):
-        stage = str(row.get("stage"))
+        stage = row["stage"]
         if stage.endswith(".judged"):
             stage = "judge:" + stage.removesuffix(".judged")
         if stage in STAGES:
-            total = making[STAGES[stage]]
+            making[STAGES[stage]].append(row)
         else:
-            total = evaluating.setdefault(folder, Counter())
-        for name in ("calls", "tokens", "seconds"):
-            total[name] += row.get(name) or 0
+            evaluating.setdefault(folder, []).append(row)
 
-    rows = [{"stage": stage, "model": "base", **_sums(total)} for stage, total in making.items() if total]
+    rows = []
+    for stage, made in making.items():
+        if made:
+            rows.append({"stage": stage, "model": "base", **_sums(made)})
     for name, found in training.items():
         if found["minutes"] is not None:
             calls, tokens = found["steps"] or 0, found["tokens"] or 0
             rows.append({"stage": "train", "model": name, "calls": calls, "tokens": tokens,
                          "seconds": round(60 * found["minutes"], 1)})
-    for folder, total in sorted(evaluating.items()):
-        rows.append({"stage": "evaluate", "model": folder, **_sums(total)})
+    for folder, made in sorted(evaluating.items()):
+        rows.append({"stage": "evaluate", "model": folder, **_sums(made)})
     return rows
 
 
-def _cost_rows(run: Path):
-    """(folder in the run, row) of every costs.jsonl. A row names its folder, or is of its file's."""
+def _cost_rows(run: Path) -> Iterator[tuple[str, dict]]:
+    """(folder in the run, row) of every costs.jsonl. A row names its folder, or is of its file's.
+
+    A file that cannot be read is named and left out: what something cost is no reason to measure nothing.
+    """
     for path in sorted([run / "costs.jsonl", *run.glob("*/costs.jsonl"), *run.glob("*/*/costs.jsonl")]):
-        for row in resume_jsonl(path):
-            own_folder = path.parent.relative_to(run).as_posix()
-            yield str(row.get("folder", own_folder)), row
+        try:
+            rows = read_rows(path, {"stage": str}, may_lack=COST)
+        except InputError as error:
+            if ranks.RANK == 0:
+                print(f"{error}: what this file says is not among the costs", file=sys.stderr)
+            continue
+        own_folder = path.parent.relative_to(run).as_posix()
+        for row in rows:
+            yield row.get("folder", own_folder), row
 
 
-def _sums(total: Counter) -> dict:
-    return {"calls": total["calls"], "tokens": total["tokens"], "seconds": round(total["seconds"], 1)}
+def _sums(rows: list[dict]) -> dict:
+    """Calls and tokens of all processes, and the seconds of the one that took longest."""
+    seconds = Counter()
+    for row in rows:
+        seconds[row.get("rank", 0)] += row.get("seconds", 0)
+    return {
+        "calls": sum(row.get("calls", 0) for row in rows),
+        "tokens": sum(row.get("tokens", 0) for row in rows),
+        "seconds": round(max(seconds.values()), 1),
+    }
 
 
 # ------------------------------------------------------------------------------ results

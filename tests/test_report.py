@@ -138,6 +138,25 @@ def test_costs_are_summed_over_calls(tmp_path):
     assert ("judge predictions", "base") in found
 
 
+def test_processes_that_work_side_by_side_cost_the_time_of_the_slowest(tmp_path):
+    """Rank 0 takes 2 + 3 seconds, rank 1 takes 4."""
+    row = {"stage": "predictions", "calls": 1, "tokens": 10}
+    times = ((0, 2.0), (1, 4.0), (0, 3.0))
+    write_jsonl(tmp_path / "costs.jsonl", [row | {"rank": rank, "seconds": seconds} for rank, seconds in times])
+    assert read_costs(tmp_path, {}) == [
+        {"stage": "predict", "model": "base", "calls": 3, "tokens": 30, "seconds": 5.0}]
+
+
+def test_broken_costs_do_not_stop_an_evaluation(tmp_path, capsys):
+    """A torn last line is what a killed run leaves. Costs that cannot be read are named and left out."""
+    line = '{"stage": "predictions", "calls": 1, "tokens": 10, "seconds": 2.0}\n'
+    (tmp_path / "costs.jsonl").write_text(line + '{"stage": "predic')
+    assert read_costs(tmp_path, {})[0]["calls"] == 1 and capsys.readouterr().err == ""
+    (tmp_path / "costs.jsonl").write_text('{"stage": "predic' + line)
+    assert read_costs(tmp_path, {}) == []
+    assert "costs.jsonl, line 1: not valid JSON" in capsys.readouterr().err
+
+
 def test_json_has_no_infinity():
     value = finite({"a": [float("inf"), 1.5], "b": (float("nan"), None, "x")})
     assert json.loads(json.dumps(value, allow_nan=False)) == {"a": [None, 1.5], "b": [None, None, "x"]}
