@@ -32,7 +32,7 @@ import torch
 import transformers
 
 import lora
-from answers import Limits, judge_answers, respond
+from answers import Limits, judge_answers, note, respond
 from data import EXAMPLES, Example, Task, prompt
 from engine.chat import training_ids
 from engine.drift import kl_drift
@@ -44,12 +44,19 @@ from results.audit import audit
 from results.config import Machine
 from results.reading_scores import reading_scores
 from results.report import write_benchmark_report, write_report
-from results.request import Alone, Evaluation, config_of, read_command_line
+from results.request import (
+    Alone,
+    Evaluation,
+    config_of,
+    read_command_line,
+    scoring_of,
+    zero_shot_in_words,
+)
 from results.table_4 import merge_benchmarks
 from results.training_texts import TrainingTexts, describe
 from support import ranks, sandbox
 from support.cli import InputError, exit_cleanly
-from support.files import digest, locked, read_json, read_jsonl, write_json
+from support.files import digest, locked, read_jsonl, write_json
 from support.stats import wilson
 from tasks import benchmarks, gsm8k, task_of
 
@@ -95,7 +102,8 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     # 3. What they are beside each other, and what they cost.
     folders = {name: evaluation.folder(name) for name in models if name != TRAIN_PROMPT}
     run_files.compare(models, folders, [x.id for x in test_rows])
-    merge_benchmarks(models, run_files.read_results(evaluation.out).get("models", {}))
+    earlier = run_files.read_results(evaluation.out)
+    add_earlier_scores(models, earlier.get("models", {}), evaluation.out)
     results["notes"] = run_files.read_notes(run, names)
     if not evaluation.elsewhere:
         training = {name: models[name]["training"] for name in names}
@@ -103,6 +111,14 @@ def evaluate_run(evaluation: Evaluation) -> dict:
         results["elsewhere"] = run_files.read_elsewhere(run)
     results["machine"]["peak_memory_gib"] = peak_memory_gib()
     return run_files.finite(results)
+
+
+def add_earlier_scores(models: dict[str, dict], earlier: dict[str, dict], folder: Path) -> None:
+    """merge_benchmarks, and a line about scores of other weights, which the report loses."""
+    left_out = merge_benchmarks(models, earlier)
+    if left_out:
+        note(f"{folder / 'results.json'}: its scores of {', '.join(left_out)} are of other weights, or do not "
+             "say of which: they are left out. Name the benchmarks again to have them")
 
 
 def load_base_model(config: dict, machine: Machine):
@@ -159,7 +175,7 @@ class Measure:
     def base(self) -> dict:
         """The base model's row of the report. Drift needs its responses to the general prompts."""
         folder = self.evaluation.folder("base")
-        result = self.answers(self.task.predict, folder)
+        result = self.answers(self.task.predict, folder) | {"weights": fingerprint(self.model)}
         respond(self.model, self.tokenizer, self.general, folder / "general.jsonl", Limits(GENERAL_TOKENS))
         if self.evaluation.benchmarks:
             scores, self.base_samples = self._score("base")
@@ -170,7 +186,7 @@ class Measure:
         """A trained model's row of the report. Its adapter is in the model."""
         evaluation = self.evaluation
         folder = evaluation.folder(name)
-        result = self.answers(self.task.train, folder)
+        result = self.answers(self.task.train, folder) | {"weights": fingerprint(self.model)}
         dialogues = self._base_dialogues()
         result["drift"] = kept_drift(self.model, self.tokenizer, dialogues, folder / "drift.json")
         result["training"] = run_files.read_training(evaluation.run / name)
@@ -241,10 +257,12 @@ def harness_accuracy(pairs: list[tuple[Example, str]]) -> dict[str, float]:
 
 def score_benchmarks(model, tokenizer, asked: Evaluation | Alone, folder: Path) -> tuple[dict, list[dict]]:
     """(scores, each document's) on the general benchmarks, each score with how it was asked for."""
-    names = list(asked.benchmarks)
-    scores, samples = benchmarks.score(model, tokenizer, names, asked.machine.data, folder, asked.scoring)
-    for score in scores.values():
-        score["settings"] = asdict(asked.scoring)
+    scores, samples = {}, []
+    for name in asked.benchmarks:
+        scoring = scoring_of(asked, name)
+        found, documents = benchmarks.score(model, tokenizer, [name], asked.machine.data, folder, scoring)
+        scores[name] = found[name] | {"settings": asdict(scoring)}
+        samples += documents
     return scores, samples
 
 
@@ -253,14 +271,12 @@ def score_benchmarks(model, tokenizer, asked: Evaluation | Alone, folder: Path) 
 
 def kept_drift(model, tokenizer, dialogues: dict[str, list], path: Path) -> dict[str, float]:
     """kl_drift over every kind of dialogues, kept in `path` with a digest of them and of the model."""
-    kept = read_json(path) if path.exists() else {}
     made_of = digest(dialogues, fingerprint(model))
-    if kept.get("digest") != made_of:
-        kept = {"digest": made_of}
-        for kind, turns in dialogues.items():
-            kept[kind] = kl_drift(model, tokenizer, turns)
-        write_json(path, kept)
-    return {kind: kept[kind] for kind in dialogues}
+    found = run_files.read_drift(path, dialogues, made_of)
+    if found is None:
+        found = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
+        write_json(path, {"digest": made_of} | found)
+    return found
 
 
 # ------------------------------------------------------------------------------ log p(y | x)
@@ -312,12 +328,20 @@ def score_model(alone: Alone) -> str:
         load_adapter(model, alone.adapter)
     scores, _ = score_benchmarks(model, tokenizer, alone, alone.out)
 
-    models = {alone.model: {"benchmarks": {"scores": scores}}}
-    earlier = run_files.read_results(alone.out).get("benchmarks")
-    merge_benchmarks(models, {alone.model: {"benchmarks": {"scores": earlier or {}}}})
+    weights = fingerprint(model)
+    models = {alone.model: {"weights": weights, "benchmarks": {"scores": scores}}}
+    before = run_files.read_results(alone.out)
+    if before.get("benchmarks"):
+        earlier = {"weights": before.get("weights"), "benchmarks": {"scores": before["benchmarks"]}}
+        add_earlier_scores(models, {alone.model: earlier}, alone.out)
     scores = models[alone.model]["benchmarks"]["scores"]
-    adapter = str(alone.adapter) if alone.adapter else None
-    results = {"model": alone.model, "adapter": adapter, "machine": machine_of(model), "benchmarks": scores}
+    results = {
+        "model": alone.model,
+        "adapter": str(alone.adapter) if alone.adapter else None,
+        "weights": weights,
+        "machine": machine_of(model),
+        "benchmarks": scores,
+    }
     write_json(alone.out / "results.json", run_files.finite(results))
     return write_benchmark_report(alone.model, scores, alone.out)
 
@@ -328,6 +352,9 @@ def score_model(alone: Alone) -> str:
 def main(argv=None) -> None:
     """A model on its own, or one of the three questions about a run."""
     asked = read_command_line(argv)
+    zero_shot = zero_shot_in_words(asked)
+    if zero_shot:
+        note(zero_shot)
     if isinstance(asked, Alone):
         with locked(asked.out), ranks.joined(asked.machine.device):
             print(score_model(asked))

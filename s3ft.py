@@ -121,7 +121,9 @@ def run(job: Job) -> None:
     progress = train(model, tokenizer, task, encoded, validation, job.folder, job.training)
     if ranks.RANK == 0:
         lora.load(model, job.folder)  # the best adapter, which need not be the last
-        print(check_saved(model, job.folder), end="")
+        wrong_in_peft = check_saved(model, job.folder)
+        if wrong_in_peft:
+            print(wrong_in_peft)
         write_json(job.folder / "training.json", summary(progress, job.method, sources, job.training))
         (job.folder / "checkpoint.pt").unlink()
 

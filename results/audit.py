@@ -28,8 +28,10 @@ from pathlib import Path
 from statistics import mean
 
 from data import Example
+from results.checks import check_fields
+from results.run_files import read_responses, read_verdicts
 from support.cli import InputError
-from support.files import read_jsonl, resume_jsonl, write_json, write_jsonl, write_text
+from support.files import read_jsonl, write_json, write_jsonl, write_text
 from support.stats import kappa, wilson
 
 TO_FILL = ("likert", "human2", "human")  # what must be filled stands last
@@ -60,7 +62,10 @@ def audit(
         return f"{sheet}: {len(chosen)} rows; {HOW_TO_FILL}"
 
     marks = read_sheet(sheet)
-    drawn = {row["row"]: row for row in read_jsonl(run / "audit.jsonl", ("row", "kind", "accepted"))}
+    drawn = {}
+    for place, row in enumerate(read_jsonl(run / "audit.jsonl"), 1):
+        check_fields(row, {"row": int, "kind": str, "accepted": bool}, f"{run / 'audit.jsonl'}, row {place}")
+        drawn[row["row"]] = row
     unknown = marks.keys() - drawn.keys()
     if unknown:
         raise InputError(f"{sheet}: row {min(unknown)} is not one of those that were drawn")
@@ -90,9 +95,9 @@ def judged_responses(run: Path, examples: Sequence[Example], test_examples: Sequ
 def judged_rows(path: Path, kind: str, examples: Sequence[Example]) -> list[dict]:
     """The responses in `path` with what the sheet shows of each, and its verdict from the file beside it."""
     by_id = {x.id: x for x in examples}
-    responses = {row["id"]: row["response"] for row in resume_jsonl(path)}
+    responses = {row["id"]: row["response"] for row in read_responses(path)}
     rows = []
-    for row in resume_jsonl(path.with_suffix(".judged.jsonl")):
+    for row in read_verdicts(path.with_suffix(".judged.jsonl")):
         x = by_id.get(row["id"])
         if x is None or x.id not in responses:
             continue
@@ -157,8 +162,15 @@ def read_sheet(path: Path) -> dict[int, dict]:
     header = text.partition("\n")[0]
     delimiter = ";" if header.count(";") > header.count(",") else ","
 
+    try:
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: not readable as CSV ({error}); save it as CSV with the line ends of Windows or Linux"
+        ) from None
+
     marks = {}
-    for line, row in enumerate(csv.DictReader(io.StringIO(text), delimiter=delimiter), 2):
+    for line, row in enumerate(rows, 2):
         number = cell(row, "row")
         if not number.isdecimal() or int(number) in marks:
             raise InputError(

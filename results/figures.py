@@ -9,10 +9,10 @@ import math
 from pathlib import Path
 from statistics import mean, stdev
 
+from results.checks import NUMBER, read_rows
 from results.markdown import paper_row
 from results.paper import PAPER_SOURCES
 from results.run_files import BRANCHES, KINDS
-from support.files import resume_jsonl
 from support.stats import Z95, wilson
 
 GREY = "#808080"
@@ -181,8 +181,12 @@ def draw_sources(results: dict, path: Path) -> bool:
 
 def draw_curves(run: Path, names: list[str], validation_rows: int) -> bool:
     """Training loss and validation accuracy of each method by step -> were they drawn?"""
-    logs = {name: resume_jsonl(run / name / "log.jsonl") for name in names}
-    logs = {name: rows for name, rows in logs.items() if rows}
+    logs = {}
+    for name in names:
+        measured = {"loss": NUMBER, "validation": NUMBER}
+        rows = read_rows(run / name / "log.jsonl", {"step": int}, may_lack=measured)
+        if rows:
+            logs[name] = rows
     if not logs:
         return False
     with drawing(run / "figures" / "learning_curves.svg") as pyplot:

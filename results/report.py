@@ -198,7 +198,8 @@ def costs_section(results: dict) -> list[str]:
         "## What D' costs",
         tables.costs_table(results),
         "Every call of a stage, and the tokens that it generated. Of training, its steps and the tokens of "
-        "prompts and targets. The base model's answers are made once and serve every method. What another "
-        "engine made, drift, and the general benchmarks are not counted. "
+        "prompts and targets, without the answers to validation rows. The base model's answers are made once "
+        "and serve every method. With torchrun the minutes are those of the process that took longest. "
+        "Not counted: validation, drift, the scored general benchmarks, and what another engine made. "
         "The paper: one A100 80 GB, predictions with vLLM.",
     ]

@@ -1,16 +1,20 @@
 """What evaluate.py is asked for: its command line, read into plain values."""
 
 import argparse
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from engine.model import usable_device
+from results.checks import check_config
 from results.config import Machine, read_comparison
 from results.run_files import trained_methods
 from support.cli import InputError, one_line_error, positive_int
+from support.files import file_digests, read_json
 from tasks import CUSTOM_FLAGS
 from tasks.benchmarks import BENCHMARKS, ZERO_SHOT, Scoring
 
+SHOWS_SHOTS = "mmlu"  # the benchmark whose questions can stand below solved ones
 OF_THE_OWN_TASK = ("files", "contents", "judge", "max_new_tokens", *CUSTOM_FLAGS)  # settings of a run
 
 
@@ -27,11 +31,17 @@ class Evaluation:
     audit: int | None = None  # instead of all that: how many judged rows a person marks
     show: str | None = None  # instead of all that: the training row that is shown
 
-    @property
+    @cached_property
     def elsewhere(self) -> str:
-        """The name of the folders for other test rows than the run's own, "" for its own."""
-        if self.task or self.test_file:
-            return f"on_{self.task or Path(self.test_file).stem}"
+        """The name of the folders for other test rows than the run's own, "" for its own.
+
+        That of a test file tells its contents: two files may be of one name.
+        """
+        if self.task:
+            return f"on_{self.task}"
+        if self.test_file:
+            (contents,) = file_digests([self.test_file])
+            return f"on_{Path(self.test_file).stem}-{contents[:8]}"
         return ""
 
     @property
@@ -57,8 +67,26 @@ class Alone:
     scoring: Scoring
 
 
+def scoring_of(asked: Evaluation | Alone, name: str) -> Scoring:
+    """How a benchmark is asked: --num-fewshot is heeded by MMLU alone."""
+    if name == SHOWS_SHOTS:
+        return asked.scoring
+    return replace(asked.scoring, num_fewshot=0)
+
+
+def zero_shot_in_words(asked: Evaluation | Alone) -> str:
+    """The benchmarks that --num-fewshot does not reach, "" where it reaches all."""
+    others = [name for name in asked.benchmarks if name != SHOWS_SHOTS]
+    if not asked.scoring.num_fewshot or not others:
+        return ""
+    return f"--num-fewshot {asked.scoring.num_fewshot} is for {SHOWS_SHOTS}; 0-shot: {', '.join(others)}"
+
+
 def config_of(evaluation: Evaluation) -> dict:
     """The run's settings, with the other test rows that are asked for."""
+    path = evaluation.run / "config.json"
+    if path.exists():
+        check_config(read_json(path), str(path))
     config = asdict(read_comparison(evaluation.run))
     if evaluation.task:
         others = {"trained_on": config["task"], "task": evaluation.task}
@@ -94,7 +122,7 @@ def parse(argv) -> argparse.Namespace:
                         help="draw N judged rows for a person to mark, or read them back")
     parser.add_argument("--show", metavar="ID", help="show a training row's way through the three branches")
     general = parser.add_argument_group("general benchmarks (Table 4), as lm-evaluation-harness scores them")
-    general.add_argument("--benchmarks", type=lambda text: text.split(","), metavar="LIST",
+    general.add_argument("--benchmarks", type=benchmark_names, metavar="LIST",
                          help=f"of {','.join(BENCHMARKS)}")
     general.add_argument("--model", help="score this model; --out is then a folder of its own, not a run's")
     general.add_argument("--adapter", type=Path, metavar="FOLDER",
@@ -106,7 +134,7 @@ def parse(argv) -> argparse.Namespace:
     general.add_argument("--sampled", action="store_true",
                          help="with --limit: N at random, the same for every model")
     general.add_argument("--num-fewshot", type=int, choices=range(6), default=0, metavar="K",
-                         help="solved MMLU questions shown, 0 to 5 (%(default)s)")
+                         help="solved MMLU questions shown, 0 to 5 (%(default)s); others are asked 0-shot")
     general.add_argument("--apply-chat-template", action="store_true",
                          help="ask in the model's chat template")
     general.add_argument("--add-bos", action="store_true", help="put one BOS token in front")
@@ -118,20 +146,28 @@ def parse(argv) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def benchmark_names(text: str) -> list[str]:
+    """argparse type: names of general benchmarks, each once."""
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in BENCHMARKS:
+            choices = ", ".join(BENCHMARKS)
+            raise argparse.ArgumentTypeError(f"unknown benchmark {name!r}: choose from {choices}")
+    return names
+
+
 def machine_from(args) -> Machine:
     return Machine(args.data, usable_device(args.device), args.trust_remote_code, args.sandbox)
 
 
 def scoring_from(args) -> Scoring:
-    """InputError: a flag that no named benchmark would heed."""
+    """InputError: a flag without the one that it goes with."""
     asked = (args.limit, args.sampled, args.num_fewshot, args.apply_chat_template, args.add_bos)
     if not args.benchmarks and any(asked):
         raise InputError(
             "--limit, --sampled, --num-fewshot, --apply-chat-template and --add-bos go with --benchmarks")
     if args.sampled and not args.limit:
         raise InputError("--sampled goes with --limit")
-    if args.num_fewshot and "mmlu" not in args.benchmarks:
-        raise InputError("--num-fewshot: only mmlu is asked with solved questions; name it in --benchmarks")
     return Scoring(args.num_fewshot, args.apply_chat_template, args.add_bos, args.limit, args.sampled)
 
 

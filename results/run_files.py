@@ -1,13 +1,17 @@
 """What the files of a run folder say: its methods, answers and verdicts, what was not used, what it cost."""
 
 import math
+import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from judges import leaks
+from results.checks import NUMBER, RESPONSE, VERDICT, check_fields, check_results, check_training, read_rows
+from support import ranks
 from support.cli import InputError
-from support.files import read_bytes, read_json, read_jsonl, resume_jsonl
+from support.files import read_bytes, read_json, read_jsonl
 from support.numerals import mark_differs
 from support.stats import mcnemar
 
@@ -24,11 +28,9 @@ def trained_methods(run: Path) -> list[str]:
 
 
 def read_training(folder: Path) -> dict:
-    """A method's training.json. What an older one does not say is None. InputError: it is no JSON object."""
+    """A method's training.json. What an older one does not say is None. InputError names a bad field."""
     path = folder / "training.json"
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object; remove it, and s3ft.py makes it again")
+    found = check_training(read_json(path), f"{path} (remove it, and s3ft.py makes it again)")
     unsaid = ("steps", "step", "validation", "minutes", "tokens", "tokens_per_second", "peak_memory_gib")
     return {"method": folder.name, "sources": {}} | dict.fromkeys(unsaid) | found
 
@@ -57,14 +59,24 @@ class KeptAnswer:
     tokens: list[int] | None = None  # what the model generated, where that is known
 
 
+def read_responses(path: Path) -> list[dict]:
+    """The rows of a file of responses, [] if there is none. InputError names a bad row and its field."""
+    return read_rows(path, RESPONSE, may_lack={"finished": bool, "tokens": list | None})
+
+
+def read_verdicts(path: Path) -> list[dict]:
+    """The rows of a file of verdicts, [] if there is none. InputError names a bad row and its field."""
+    return read_rows(path, VERDICT)
+
+
 def read_answers(run: Path, kind: str, keep_unfinished: bool = False) -> dict[str, KeptAnswer]:
     """id -> answer, of predictions or paraphrases.
 
     Usable is what the judge accepts, is not cut off, and (of a paraphrase) does not leak its prompt.
     """
-    verdicts = {row["id"]: row["accepted"] for row in resume_jsonl(run / f"{kind}.judged.jsonl")}
+    verdicts = {row["id"]: row["accepted"] for row in read_verdicts(run / f"{kind}.judged.jsonl")}
     answers = {}
-    for row in resume_jsonl(run / f"{kind}.jsonl"):
+    for row in read_responses(run / f"{kind}.jsonl"):
         text = row["response"]
         verdict = verdicts.get(row["id"])
         finished = row.get("finished", True)
@@ -75,9 +87,9 @@ def read_answers(run: Path, kind: str, keep_unfinished: bool = False) -> dict[st
     return answers
 
 
-def branch_of(y_hat: KeptAnswer, y_tilde: KeptAnswer | None) -> str:
-    """Where Algorithm 1 takes the target from."""
-    if y_hat.usable:
+def branch_of(y_hat: KeptAnswer | None, y_tilde: KeptAnswer | None) -> str:
+    """Where Algorithm 1 takes the target from. A run of SDFT alone has no prediction to take."""
+    if y_hat and y_hat.usable:
         return "prediction"
     if y_tilde and y_tilde.usable:
         return "paraphrase"
@@ -88,9 +100,9 @@ def selection_faults(run: Path) -> dict[str, dict[str, int]]:
     """What was cut off, or had no readable verdict, among the responses to the training rows."""
     found = {}
     for kind in KINDS:
-        rows = resume_jsonl(run / f"{kind}.jsonl")
+        rows = read_responses(run / f"{kind}.jsonl")
         if rows:
-            verdicts = resume_jsonl(run / f"{kind}.judged.jsonl")
+            verdicts = read_verdicts(run / f"{kind}.judged.jsonl")
             found[kind] = {
                 "n": len(rows),
                 "length_limit_hit": sum(not row.get("finished", True) for row in rows),
@@ -136,6 +148,7 @@ def compare(models: dict[str, dict], folders: dict[str, Path], ids: list[str]) -
 # ------------------------------------------------------------------------------ costs
 
 
+COST = {"folder": str, "calls": int, "tokens": int, "seconds": NUMBER, "rank": int}  # a row of a costs.jsonl
 STAGES = {  # of a costs.jsonl, in the words of the report
     "predictions": "predict",
     "judge:predictions": "judge predictions",
@@ -147,59 +160,90 @@ STAGES = {  # of a costs.jsonl, in the words of the report
 
 
 def read_costs(run: Path, training: dict[str, dict]) -> list[dict]:
-    """What D', training and evaluation cost: {"stage", "model", "calls", "tokens", "seconds"} a stage, summed
-    over every call of it.
+    """What D', training and evaluation cost: {"stage", "model", "calls", "tokens", "seconds"} of each stage.
 
-    From costs.jsonl, beside the answers, and from `training` (name -> training.json). What was made
-    elsewhere, or before costs were kept, is not in it.
+    From costs.jsonl, beside the answers, and from `training` (name -> training.json). Calls and tokens are
+    summed over every call of a stage. With torchrun its processes work side by side, so the seconds are those
+    of the process that took longest. What was made elsewhere, or before costs were kept, is not in it.
     """
-    making, evaluating = {stage: Counter() for stage in STAGES.values()}, {}
+    making = {stage: [] for stage in STAGES.values()}
+    evaluating = {}
     for folder, row in _cost_rows(run):
-        stage = str(row.get("stage"))
+        stage = row["stage"]
         if stage.endswith(".judged"):
             stage = "judge:" + stage.removesuffix(".judged")
         if stage in STAGES:
-            total = making[STAGES[stage]]
+            making[STAGES[stage]].append(row)
         else:
-            total = evaluating.setdefault(folder, Counter())
-        for name in ("calls", "tokens", "seconds"):
-            total[name] += row.get(name) or 0
+            evaluating.setdefault(folder, []).append(row)
 
-    rows = [{"stage": stage, "model": "base", **_sums(total)} for stage, total in making.items() if total]
+    rows = []
+    for stage, made in making.items():
+        if made:
+            rows.append({"stage": stage, "model": "base", **_sums(made)})
     for name, found in training.items():
         if found["minutes"] is not None:
             calls, tokens = found["steps"] or 0, found["tokens"] or 0
             rows.append({"stage": "train", "model": name, "calls": calls, "tokens": tokens,
                          "seconds": round(60 * found["minutes"], 1)})
-    for folder, total in sorted(evaluating.items()):
-        rows.append({"stage": "evaluate", "model": folder, **_sums(total)})
+    for folder, made in sorted(evaluating.items()):
+        rows.append({"stage": "evaluate", "model": folder, **_sums(made)})
     return rows
 
 
-def _cost_rows(run: Path):
-    """(folder in the run, row) of every costs.jsonl. A row names its folder, or is of its file's."""
+def _cost_rows(run: Path) -> Iterator[tuple[str, dict]]:
+    """(folder in the run, row) of every costs.jsonl. A row names its folder, or is of its file's.
+
+    A file that cannot be read is named and left out: what something cost is no reason to measure nothing.
+    """
     for path in sorted([run / "costs.jsonl", *run.glob("*/costs.jsonl"), *run.glob("*/*/costs.jsonl")]):
-        for row in resume_jsonl(path):
-            own_folder = path.parent.relative_to(run).as_posix()
-            yield str(row.get("folder", own_folder)), row
+        try:
+            rows = read_rows(path, {"stage": str}, may_lack=COST)
+        except InputError as error:
+            if ranks.RANK == 0:
+                print(f"{error}: what this file says is not among the costs", file=sys.stderr)
+            continue
+        own_folder = path.parent.relative_to(run).as_posix()
+        for row in rows:
+            yield row.get("folder", own_folder), row
 
 
-def _sums(total: Counter) -> dict:
-    return {"calls": total["calls"], "tokens": total["tokens"], "seconds": round(total["seconds"], 1)}
+def _sums(rows: list[dict]) -> dict:
+    """Calls and tokens of all processes, and the seconds of the one that took longest."""
+    seconds = Counter()
+    for row in rows:
+        seconds[row.get("rank", 0)] += row.get("seconds", 0)
+    return {
+        "calls": sum(row.get("calls", 0) for row in rows),
+        "tokens": sum(row.get("tokens", 0) for row in rows),
+        "seconds": round(max(seconds.values()), 1),
+    }
 
 
 # ------------------------------------------------------------------------------ results
 
 
 def read_results(folder: Path) -> dict:
-    """results.json of an earlier call, {} where there is none. InputError: it is none of ours."""
+    """results.json of an earlier call, {} where there is none. InputError names a bad field."""
     path = folder / "results.json"
     if not path.exists():
         return {}
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object; remove it, and evaluate.py makes it again")
-    return found
+    return check_results(read_json(path), f"{path} (remove it, and evaluate.py makes it again)")
+
+
+def read_drift(path: Path, kinds: Iterable[str], made_of: str) -> dict[str, float] | None:
+    """Drift of each kind that an earlier call kept. None: there is none, or it is of something else.
+
+    InputError names a bad field.
+    """
+    if not path.exists():
+        return None
+    where = f"{path} (remove it, and evaluate.py makes it again)"
+    kept = check_fields(read_json(path), {}, where)
+    if kept.get("digest") != made_of:
+        return None
+    check_fields(kept, dict.fromkeys(kinds, NUMBER), where)
+    return {kind: kept[kind] for kind in kinds}
 
 
 def read_elsewhere(run: Path) -> dict[str, dict]:

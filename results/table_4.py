@@ -1,25 +1,38 @@
 """Table 4: what fine-tuning made the model forget, over as many calls of `evaluate.py --benchmarks` as it
 took.
 
-A run's results.json keeps, for each model, {"scores": {column: score}, "drop": {column: drop}}. A score has
-its metrics, n and "settings", how it was asked for. The column is the benchmark's name. Where a benchmark was
-asked for in several ways, the latest one has that name, and the others say in theirs what was different.
+A run's results.json keeps, for each model, a digest of its "weights" and its "benchmarks":
+{"scores": {column: score}, "drop": {column: drop}, "drop_log_p": {column: drop}}. A score has its metrics, n
+and "settings", how it was asked for. The column is the benchmark's name. Where a benchmark was asked for in
+several ways, the latest one has that name, and the others say in theirs what was different.
 """
 
 import math
 from statistics import mean
 
+from results.checks import metrics_of
 from results.markdown import markdown_table, paper_row, percent, points
 from results.paper import GENERAL, PAPER_BENCHMARKS, paper_drop
+
+DROPS = ("drop", "drop_log_p")  # of the headline metric, and of log p of the right option
 
 # ------------------------------------------------------------------------------ several calls
 
 
-def merge_benchmarks(models: dict[str, dict], earlier: dict[str, dict]) -> None:
-    """Add to each of `models` what an earlier call measured of it. What was asked for again is replaced."""
+def merge_benchmarks(models: dict[str, dict], earlier: dict[str, dict]) -> list[str]:
+    """Add to each of `models` what an earlier call measured of it. What was asked for again is replaced.
+
+    A name may stand for other weights today, as that of an adapter that was trained anew. Its earlier scores
+    are left out, and so are all earlier drops where the base model is another. -> the names left out.
+    """
+    left_out = []
+    same_base = same_weights(models.get("base", {}), earlier.get("base", {}))
     for name, model in models.items():
         before = earlier.get(name, {}).get("benchmarks")
         if not before:
+            continue
+        if not same_weights(model, earlier[name]):
+            left_out.append(name)
             continue
         now = model.setdefault("benchmarks", {"scores": {}})
         asked = dict(now["scores"])
@@ -28,9 +41,16 @@ def merge_benchmarks(models: dict[str, dict], earlier: dict[str, dict]) -> None:
             if column is None:
                 continue
             now["scores"][column] = score
-            drop = before.get("drop", {}).get(old_column)
-            if drop:
-                now.setdefault("drop", {})[column] = drop
+            for kind in DROPS:
+                drop = before.get(kind, {}).get(old_column)
+                if drop and same_base:
+                    now.setdefault(kind, {})[column] = drop
+    return left_out
+
+
+def same_weights(model: dict, earlier: dict) -> bool:
+    """Are both of one model? Results that do not say their weights are of an older version: nobody knows."""
+    return model.get("weights") is not None and model["weights"] == earlier.get("weights")
 
 
 def column_of_earlier(column: str, score: dict, asked: dict[str, dict]) -> str | None:
@@ -67,11 +87,6 @@ def headline(column: str, score: dict) -> float:
     if "acc" in score:
         return score["acc"]
     return next(score[metric] for metric in metrics_of(score))
-
-
-def metrics_of(score: dict) -> list[str]:
-    aside = ("n", "subjects", "settings")
-    return [key for key in score if key not in aside and not key.endswith("_stderr")]
 
 
 def columns_of(models: dict[str, dict]) -> list[str]:

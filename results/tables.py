@@ -5,8 +5,10 @@ Tables 2 to 4.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from results.checks import NUMBER, check_fields
 from results.markdown import markdown_table, paper_row, percent, points, shown
 from results.paper import (
     PAPER_ACCURACY,
@@ -124,14 +126,23 @@ def costs_table(results: dict) -> str:
 
 
 def read_run(run: Path) -> dict:
+    """A run's results.json. InputError: it is none of a run, or names a bad field."""
     results = read_results(run)
-    if "models" not in results or "config" not in results:
-        raise InputError(f"{run}: no results.json of a run there; give python evaluate.py --out {run} first")
+    where = str(run / "results.json")
+    check_fields(results, {"config": dict, "machine": dict, "models": dict}, where)
+    check_fields(results["config"], {"task": str, "model": str}, f"{where}, config")
+    check_fields(results["machine"], {"date": str, "device": str}, f"{where}, machine")
+    check_fields(results["models"], {"base": dict}, f"{where}, models")
+    for name, model in results["models"].items():
+        check_fields(model, {"accuracy": NUMBER, "interval": list, "n": int}, f"{where}, model {name}")
     return results | {"elsewhere": read_elsewhere(run)}
 
 
-def merged_tables(runs: dict[str, dict]) -> str:
-    """Several runs (folder -> results) as the paper's Tables 2 to 4, in one Markdown page."""
+def merged_tables(runs: dict[str, dict], missing: Sequence[str] = ()) -> str:
+    """Several runs (folder -> results) as the paper's Tables 2 to 4, in one Markdown page.
+
+    `missing` are folders without results, which the page names.
+    """
     parts = ["# Tables 2 to 4 of the paper, and ours"]
     lines = []
     for folder, results in runs.items():
@@ -140,6 +151,8 @@ def merged_tables(runs: dict[str, dict]) -> str:
         n = results["models"]["base"]["n"]
         lines.append(f"- {folder}: {config['task']}, {config['model']}, {machine['date']}, "
                      f"{machine['device']}, {n} test rows")
+    for folder in missing:
+        lines.append(f"- {folder}: left out, it has no results.json (python evaluate.py --out {folder})")
     parts.append("\n".join(lines))
     parts += ["## Table 2: in-domain accuracy", merged_accuracy(runs)]
     parts += ["## Table 3: where the training targets come from", merged_sources(runs)]
@@ -194,7 +207,12 @@ def main(argv=None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="which evaluate.py measured")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there too")
     args = parser.parse_args(argv)
-    text = merged_tables({str(run): read_run(run) for run in args.runs})
+    there = [run for run in args.runs if (run / "results.json").exists()]
+    missing = [str(run) for run in args.runs if run not in there]
+    if not there:
+        names = ", ".join(missing)
+        raise InputError(f"no results.json of a run in {names}: give python evaluate.py --out RUN first")
+    text = merged_tables({str(run): read_run(run) for run in there}, missing)
     if args.out:
         write_text(args.out, text)
     print(text)

@@ -62,9 +62,10 @@ class TrainingTexts:
         """The first row of each branch, and the row of Fig. 2 that is likelier than its gold by most."""
         chosen = {}
         for id in self.rows:
-            if id in self.answers["predictions"]:
-                branch = branch_of(self.answers["predictions"][id], self.answers["paraphrases"].get(id))
-                chosen.setdefault(branch, id)
+            y_hat = self.answers["predictions"].get(id)
+            y_tilde = self.answers["paraphrases"].get(id)
+            if y_hat or y_tilde:
+                chosen.setdefault(branch_of(y_hat, y_tilde), id)
 
         found = [self.example(chosen[branch], score) for branch in BRANCHES if branch in chosen]
         if figure:

@@ -210,6 +210,21 @@ def test_bad_sheets_are_refused(run, change, message):
         audit(run, D, 5)
 
 
+def test_a_sheet_with_line_ends_of_an_old_mac_is_refused_in_one_line(run):
+    audit(run, D, 5)
+    text = (run / "audit.csv").read_text()
+    (run / "audit.csv").write_text(text.replace("row,question", "row\r,question"), newline="")
+    with pytest.raises(InputError, match="not readable as CSV"):
+        audit(run, D, 5)
+
+
+def test_a_bad_field_of_the_kept_verdicts_is_named(run):
+    audit(run, D, 5)
+    write_jsonl(run / "audit.jsonl", [{"row": "1", "kind": "predictions", "accepted": True}])
+    with pytest.raises(InputError, match=r"audit\.jsonl, row 1: the field 'row' must be a whole number"):
+        audit(run, D, 5)
+
+
 def test_a_sample_of_no_rows(run):
     with pytest.raises(InputError, match="--audit 0: draw at least 1 row"):
         audit(run, D, 0)

@@ -185,6 +185,38 @@ def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
     assert rows[0] != rows[1]
 
 
+def test_the_report_of_one_model_holds_no_scores_of_another(tiny, run, tmp_path, monkeypatch, capsys):
+    """The adapter was trained anew in its folder. Its 0-shot and 2-shot scores are of two models."""
+    for file in ("winogrande/validation.jsonl", "hellaswag/validation.jsonl"):
+        (tmp_path / "data" / file).parent.mkdir(parents=True)
+        write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
+        monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+    argv = [f"--model={tiny}", f"--data={tmp_path / 'data'}", "--device=cpu", f"--out={tmp_path / 'alone'}"]
+    evaluate.main([*argv, "--benchmarks=winogrande", f"--adapter={run / 'sft'}"])
+    evaluate.main([*argv, "--benchmarks=hellaswag", f"--adapter={run / 'sft'}"])
+    results = json.loads((tmp_path / "alone" / "results.json").read_text())
+    assert list(results["benchmarks"]) == ["hellaswag", "winogrande"]
+
+    evaluate.main([*argv, "--benchmarks=winogrande", "--apply-chat-template", f"--adapter={run / 'sdft'}"])
+    results = json.loads((tmp_path / "alone" / "results.json").read_text())
+    assert list(results["benchmarks"]) == ["winogrande"]
+    assert "are of other weights" in capsys.readouterr().err
+
+
+def test_a_score_says_how_many_shots_were_shown(tiny, tmp_path, monkeypatch, capsys):
+    """Only MMLU has solved questions to show: the others are asked, and recorded, 0-shot."""
+    file = "winogrande/validation.jsonl"
+    (tmp_path / "data" / "winogrande").mkdir(parents=True)
+    write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
+    monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+    evaluate.main([f"--model={tiny}", "--benchmarks=winogrande", "--num-fewshot=2", f"--data={tmp_path / 'data'}",
+                   "--device=cpu", f"--out={tmp_path / 'alone'}"])
+    scores = json.loads((tmp_path / "alone" / "results.json").read_text())["benchmarks"]
+    assert scores["winogrande"]["settings"]["num_fewshot"] == 0
+    assert "--num-fewshot 2 is for mmlu; 0-shot: winogrande" in capsys.readouterr().err
+    assert (tmp_path / "alone" / "samples.jsonl").exists()  # shared with calls that ask for no shots
+
+
 def test_another_task_than_the_run_was_trained_on(run, capsys):
     evaluate.main([f"--out={run}", "--device=cpu", "--task=reading"])
     results = json.loads((run / "on_reading" / "results.json").read_text())

@@ -1,6 +1,7 @@
 """The report's tables against the paper and hand calculations, several calls and runs, faulty run folders."""
 
 import json
+import re
 
 import pytest
 
@@ -8,7 +9,15 @@ import evaluate
 import s3ft
 from results import tables
 from results.paper import GENERAL, PAPER_BENCHMARKS, paper_drop
-from results.run_files import finite, read_answers, read_costs, unused_answers
+from results.request import Evaluation
+from results.run_files import (
+    finite,
+    read_answers,
+    read_costs,
+    read_drift,
+    read_training,
+    unused_answers,
+)
 from results.table_4 import benchmarks_table, mean_drop, merge_benchmarks
 from support.cli import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
@@ -64,17 +73,41 @@ def test_another_task_and_a_generated_benchmark_have_room_outside_the_average():
 
 
 def test_a_second_call_adds_to_the_first():
-    models = {"base": {"benchmarks": {"scores": {"mmlu": score(0.5, num_fewshot=5)}}}}
+    models = {"base": {"weights": "a", "benchmarks": {"scores": {"mmlu": score(0.5, num_fewshot=5)}}}}
     earlier = {"mmlu": score(0.4, limit=2), "hellaswag": score(0.3)}
-    merge_benchmarks(models, {"base": {"benchmarks": {"scores": earlier}}})
+    merge_benchmarks(models, {"base": {"weights": "a", "benchmarks": {"scores": earlier}}})
     scores = models["base"]["benchmarks"]["scores"]
     assert {column: found["acc"] for column, found in scores.items()} == {
         "mmlu": 0.5, "mmlu, 0-shot, first 2": 0.4, "hellaswag": 0.3}
 
-    again = {"base": {"benchmarks": {"scores": {"mmlu": score(0.6, num_fewshot=5)}}}}
+    again = {"base": {"weights": "a", "benchmarks": {"scores": {"mmlu": score(0.6, num_fewshot=5)}}}}
     merge_benchmarks(again, models)
     assert again["base"]["benchmarks"]["scores"]["mmlu"]["acc"] == 0.6
     assert len(again["base"]["benchmarks"]["scores"]) == 3
+
+
+def measured(weights: str | None, acc: float | None = None) -> dict:
+    """A model's entry in results.json, with a score of hellaswag and its drops."""
+    drop = {"drop": 0.1, "interval": [0.0, 0.2], "n": 100}
+    benchmarks = {"scores": {"hellaswag": score(acc or 0.5)}}
+    benchmarks |= {"drop": {"hellaswag": drop}, "drop_log_p": {"hellaswag": drop}}
+    return {"weights": weights} | ({"benchmarks": benchmarks} if acc else {})
+
+
+@pytest.mark.parametrize(("before", "now"), [("a", "b"), (None, "b"), (None, None)])
+def test_scores_of_other_weights_are_left_out(before, now):
+    models = {"base": measured("base"), "sft": measured(now)}
+    assert merge_benchmarks(models, {"base": measured("base", 0.6), "sft": measured(before, 0.5)}) == ["sft"]
+    assert models["base"]["benchmarks"]["scores"]["hellaswag"]["acc"] == 0.6 and "benchmarks" not in models["sft"]
+
+
+def test_a_drop_is_carried_where_the_base_model_is_the_same():
+    for base in ("base", "another"):
+        models = {"base": measured(base), "sft": measured("a")}
+        merge_benchmarks(models, {"base": measured("base", 0.6), "sft": measured("a", 0.5)})
+        kept = models["sft"]["benchmarks"]
+        assert kept["scores"]["hellaswag"]["acc"] == 0.5
+        assert ("drop" in kept, "drop_log_p" in kept) == (base == "base", base == "base")
 
 
 # ------------------------------------------------------------------------------ the files of a run
@@ -103,6 +136,25 @@ def test_costs_are_summed_over_calls(tmp_path):
         "stage": "", "model": "", "calls": 4, "tokens": 20, "seconds": 3.0}
     assert found["train", "sft"]["seconds"] == 120 and found["evaluate", "sft"]["seconds"] == 3.0
     assert ("judge predictions", "base") in found
+
+
+def test_processes_that_work_side_by_side_cost_the_time_of_the_slowest(tmp_path):
+    """Rank 0 takes 2 + 3 seconds, rank 1 takes 4."""
+    row = {"stage": "predictions", "calls": 1, "tokens": 10}
+    times = ((0, 2.0), (1, 4.0), (0, 3.0))
+    write_jsonl(tmp_path / "costs.jsonl", [row | {"rank": rank, "seconds": seconds} for rank, seconds in times])
+    assert read_costs(tmp_path, {}) == [
+        {"stage": "predict", "model": "base", "calls": 3, "tokens": 30, "seconds": 5.0}]
+
+
+def test_broken_costs_do_not_stop_an_evaluation(tmp_path, capsys):
+    """A torn last line is what a killed run leaves. Costs that cannot be read are named and left out."""
+    line = '{"stage": "predictions", "calls": 1, "tokens": 10, "seconds": 2.0}\n'
+    (tmp_path / "costs.jsonl").write_text(line + '{"stage": "predic')
+    assert read_costs(tmp_path, {})[0]["calls"] == 1 and capsys.readouterr().err == ""
+    (tmp_path / "costs.jsonl").write_text('{"stage": "predic' + line)
+    assert read_costs(tmp_path, {}) == []
+    assert "costs.jsonl, line 1: not valid JSON" in capsys.readouterr().err
 
 
 def test_json_has_no_infinity():
@@ -152,11 +204,38 @@ def test_show_prints_a_row_and_refuses_an_unknown_one(run, capsys):
         evaluate.main([f"--out={run}", "--device=cpu", "--show=zz"])
 
 
+def test_a_run_of_sdft_alone_has_paraphrases_and_no_predictions(tiny, tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    out = tmp_path / "run"
+    write_jsonl(out / "paraphrases.jsonl", [
+        {"id": x["id"], "response": x["answer"] if x["id"] == "q1" else "no"} for x in ROWS])
+    files = [f"--{split}-file={tmp_path / 'rows.jsonl'}" for split in ("train", "val", "test")]
+    s3ft.main(["--task=custom", "--judge=numeric", "--method=sdft", f"--model={tiny}", f"--out={out}", *files,
+               "--steps=1", "--max-new-tokens=4", "--device=cpu"])
+
+    evaluate.main([f"--out={out}", "--device=cpu", "--show=q1"])
+    assert "**Row q1, target: ỹ" in capsys.readouterr().out
+    evaluate.main([f"--out={out}", "--device=cpu"])
+    results = json.loads((out / "results.json").read_text())
+    assert [(x["id"], x["target"]) for x in results["examples"]][:2] == [("q1", "paraphrase"), ("q0", "gold")]
+    assert "Of 4 paraphrases" in (out / "report.md").read_text()
+
+
 def test_another_test_file_leaves_the_runs_own_results(run, tmp_path):
     write_jsonl(tmp_path / "other.jsonl", ROWS[:3])
     evaluate.main([f"--out={run}", "--device=cpu", f"--test-file={tmp_path / 'other.jsonl'}"])
-    results = json.loads((run / "on_other" / "results.json").read_text())
+    (folder,) = run.glob("on_other-????????")
+    results = json.loads((folder / "results.json").read_text())
     assert results["models"]["sft"]["n"] == 3 and not (run / "results.json").exists()
+
+
+def test_two_test_files_of_one_name_have_a_folder_each(tmp_path):
+    folders = set()
+    for name, rows in (("a", ROWS), ("b", ROWS[:3])):
+        write_jsonl(tmp_path / name / "gsm8k.jsonl", rows)
+        asked = Evaluation(tmp_path / "run", test_file=str(tmp_path / name / "gsm8k.jsonl"))
+        folders.add(asked.folder("sft"))
+    assert len(folders | {Evaluation(tmp_path / "run", task="gsm8k").folder("sft")}) == 3
 
 
 def test_the_base_model_stands_under_both_prompts_where_they_differ(run, monkeypatch):
@@ -187,7 +266,7 @@ def test_several_runs_become_one_page(run, tmp_path, capsys):
     (["--model=M", "--benchmarks=mmlu"], "a run's folder"),
     (["--model=M", "--benchmarks=mmlu", "--task=nq"], "leave --model out"),
     (["--audit=5", "--benchmarks=mmlu"], "stands alone"),
-    (["--benchmarks=winogrande", "--num-fewshot=2"], "only mmlu"),
+    (["--benchmarks=winogrand"], "unknown benchmark"),
     (["--sampled"], "go with --benchmarks"),
     (["--task=nq", "--test-file=F"], "give one of them"),
 ])
@@ -208,6 +287,97 @@ def test_an_older_run_is_still_measured(run):
     write_json(run / "sft" / "training.json", {"method": "sft", "minutes": 1.0})
     evaluate.main([f"--out={run}", "--device=cpu"])
     assert "| sft |  |  |  |  |" in (run / "report.md").read_text()
+
+
+@pytest.fixture
+def bare_run(tmp_path):
+    """The files of a run that are read before, or without, a model."""
+    write_json(tmp_path / "config.json", {"task": "gsm8k", "model": "M"})
+    write_json(tmp_path / "sft" / "training.json", {"minutes": 1.0, "sources": {"gold": 4}})
+    base = {"accuracy": 0.5, "interval": [0.4, 0.6], "n": 4}
+    results = {"config": {"task": "gsm8k", "model": "M"}, "machine": {"date": "2026-01-01", "device": "cpu"}}
+    write_json(tmp_path / "results.json", results | {"models": {"base": base}})
+    return tmp_path
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"minutes": "x"}, "'minutes' must be a number or null, found \"x\""),
+    ({"sources": 3}, "'sources' must be an object, found 3"),
+    ({"sources": {"gold": "all"}}, "sources: the field 'gold' must be a whole number"),
+    ({"validation": [1]}, "'validation' must be a number or null"),
+])
+def test_a_bad_field_of_training_json_is_named(bare_run, change, message):
+    write_json(bare_run / "sft" / "training.json", change)
+    with pytest.raises(InputError, match=r"sft/training\.json.*" + re.escape(message)):
+        read_training(bare_run / "sft")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"task": "custom", "judge": "numeric"}, "'files' must name the custom task's three files"),
+    ({"task": "custom", "files": ["a", "b", "c"]}, "'judge' must be one of"),
+    ({"files": [1, 2, 3]}, "'files' must be a list of texts, not 1"),
+    ({"files": 3}, "'files' must be a list or null, found 3"),
+    ({"limit": "8"}, "'limit' must be a whole number or null, found \"8\""),
+    ({"task": None}, "'task' must be text, found null"),
+])
+def test_a_bad_field_of_config_json_is_named(bare_run, change, message):
+    write_json(bare_run / "config.json", {"task": "gsm8k", "model": "M"} | change)
+    with pytest.raises(InputError, match=r"config\.json: .*" + re.escape(message)):
+        evaluate.main([f"--out={bare_run}", "--device=cpu"])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"benchmarks": {}}, "benchmarks: the field 'scores' is missing"),
+    ({"benchmarks": None}, "'benchmarks' must be an object"),
+    ({"benchmarks": {"scores": {"mmlu": 1}}}, "mmlu: expected a JSON object, found 1"),
+    ({"benchmarks": {"scores": {"mmlu": {"n": 3}}}}, "mmlu: it has no metric"),
+    ({"benchmarks": {"scores": {"truthfulqa": {"n": 3, "mc1": 0.5}}}}, "the field 'mean' is missing"),
+    ({"benchmarks": {"scores": {}, "drop": {"mmlu": {"drop": 1}}}}, "the field 'interval' is missing"),
+    ({"accuracy": "high"}, "'accuracy' must be a number"),
+    ({"interval": [1]}, "'interval' must be two numbers, found [1]"),
+    ({"training": {}}, "the field 'sources' is missing"),
+])
+def test_a_bad_field_of_results_json_is_named(bare_run, change, message):
+    results = json.loads((bare_run / "results.json").read_text())
+    results["models"]["base"] |= change
+    write_json(bare_run / "results.json", results)
+    with pytest.raises(InputError, match=r"results\.json.*" + re.escape(message)):
+        tables.main([str(bare_run)])
+
+
+@pytest.mark.parametrize("field", ["config", "machine", "models"])
+def test_results_without_what_a_page_shows_are_refused(bare_run, field):
+    results = json.loads((bare_run / "results.json").read_text())
+    for value in ({}, None):
+        write_json(bare_run / "results.json", results | {field: value})
+        with pytest.raises(InputError, match=r"results\.json"):
+            tables.main([str(bare_run)])
+
+
+def test_a_run_that_was_not_measured_is_named_and_left_out(bare_run, capsys):
+    missing = bare_run / "not-yet"
+    tables.main([str(bare_run), str(missing)])
+    page = capsys.readouterr().out
+    assert f"- {missing}: left out, it has no results.json" in page and "| base | 50.0 (40.0 to 60.0) |" in page
+
+
+@pytest.mark.parametrize(("kept", "message"), [
+    ([], "expected a JSON object"), ({"digest": "d", "task": "low", "general": 0.1}, "'task' must be a number")])
+def test_a_bad_field_of_drift_json_is_named(tmp_path, kept, message):
+    write_json(tmp_path / "drift.json", kept)
+    with pytest.raises(InputError, match=r"drift\.json.*" + message):
+        read_drift(tmp_path / "drift.json", ("general", "task"), "d")
+
+
+@pytest.mark.parametrize(("file", "row", "message"), [
+    ("predictions.jsonl", {"id": "q0"}, "row 1: the field 'response' is missing"),
+    ("predictions.jsonl", {"id": "q0", "response": 4}, "'response' must be text"),
+    ("predictions.judged.jsonl", {"id": "q0", "accepted": "yes"}, "'accepted' must be true, false or null"),
+])
+def test_a_bad_row_of_answers_is_named(tmp_path, file, row, message):
+    write_jsonl(tmp_path / file, [row])
+    with pytest.raises(InputError, match=message):
+        read_answers(tmp_path, "predictions")
 
 
 @pytest.mark.parametrize("file", ["config.json", "sft/training.json", "results.json"])
