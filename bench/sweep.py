@@ -37,6 +37,7 @@ from transformers import (
 import lora
 from engine import packed, trial
 from engine.forward import plain_inputs
+from engine.peft_check import check_saved
 from generate import generate
 from results.report import markdown_table
 from support.cli import InputError
@@ -286,7 +287,7 @@ def gradients(model) -> dict:
 def try_peft(model) -> str:
     """Save the adapter that is in the model, and load it with peft into the same base model.
 
-    Where that goes wrong, `lora.check_saved` must have said so.
+    Where that goes wrong, `check_saved` must have said so.
     """
     try:
         from peft import PeftModel
@@ -298,7 +299,7 @@ def try_peft(model) -> str:
             lora.save(model, folder)
         except (InputError, ValueError) as error:
             return f"refused: {error}"
-        said = lora.check_saved(model, folder).removeprefix(f"{folder}: ")
+        said = check_saved(model, folder).removeprefix(f"{folder}: ")
         lora.remove(model)
         try:
             with warnings.catch_warnings():
