@@ -82,8 +82,8 @@ def generate_rows(
         harmless_length = longest_harmless_row(model, longest(rows))
         long_rows = [row for row in rows if row.limit > harmless_length]
         if long_rows:
-            warn(f"{len(long_rows)} rows of more than {harmless_length} tokens change the rotary frequencies of "
-                 f"{type(model).__name__}: they are generated one at a time")
+            warn(f"{len(long_rows)} rows of more than {harmless_length} tokens change the rotary frequencies "
+                 f"of {type(model).__name__}: they are generated one at a time")
             keeps_cache = not why_no_cache(model, longest(long_rows))
             yield from generate_padded(model, long_rows, ending, sample, 1, keeps_cache)
 

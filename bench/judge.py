@@ -2,7 +2,7 @@
 
 First one after the other on one core, timed in CPU seconds (ours and the children's, so that a busy machine
 changes nothing), then all of them through `judge_all` on all cores, where every verdict must be the same and
-in its place. Every program should pass; one that does not is named, and the exit status is 1.
+in its place. Every program should pass. One that does not is named, and the exit status is 1.
 
     python -m bench.judge --data data --out runs/bench
 """

@@ -20,7 +20,7 @@ class Layer:
     window: int | None  # tokens of a window or of a chunk; None: its tokens see all that came before
 
     def first_visible(self, positions: torch.Tensor) -> torch.Tensor:
-        """The position of the first key that the tokens at `positions` see; the last one is their own."""
+        """The position of the first key that the tokens at `positions` see. The last one is their own."""
         if self.window is None:
             return torch.zeros_like(positions)
         if self.kind == "chunked_attention":

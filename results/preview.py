@@ -141,12 +141,12 @@ def plan(task: Task, splits: Splits, rehearsal: Rehearsal, job: Job) -> list[str
     """What will be done, and what it takes, in a few lines."""
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in zip(SPLITS, splits, strict=True))
     weights = count_weights(job.shared.model, job.machine.trust_remote_code)
-    bytes_a_weight = 2 if job.shared.dtype == "bfloat16" else 4
+    gib = weights * (2 if job.shared.dtype == "bfloat16" else 4) / 2**30
     lines = [
-        f"{job.shared.model}: {weights / 1e9:.2f} billion weights, {weights * bytes_a_weight / 2**30:.1f} GiB in "
-        f"{job.shared.dtype}, on {job.machine.device}",
+        f"{job.shared.model}: {weights / 1e9:.2f} billion weights, {gib:.1f} GiB in {job.shared.dtype}, on "
+        f"{job.machine.device}",
         f"rows: {sizes}; judge: {task.judge}",
-        f"1. at most {rehearsal.responses} responses of at most {task.max_new_tokens} tokens, and their verdicts",
+        f"1. at most {rehearsal.responses} responses of at most {task.max_new_tokens} tokens, with verdicts",
         f"2. training: {settings_in_words(job.recorded())}",
     ]
     if task.note:

@@ -306,7 +306,7 @@ def locked(folder: Path):
 
 
 def download(url: str, path: Path | str, sha256: str | None = None) -> None:
-    """Fetch a public file once; what is there already is used as it is."""
+    """Fetch a public file once. What is there already is used as it is."""
     path = Path(path)
     if path.exists():
         return

@@ -291,7 +291,7 @@ def converse(sources: list[tuple[str, str]], names: dict, cpu_seconds: float) ->
 
 
 def plain(line: bytes) -> object:
-    """The value of a literal; NOT_PLAIN where the text is none, as of a set in a set."""
+    """The value of a literal, or NOT_PLAIN where the text is none, as of a set in a set."""
     with contextlib.suppress(*UNREADABLE):
         return ast.literal_eval(line.decode("ascii"))
     return NOT_PLAIN

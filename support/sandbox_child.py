@@ -7,7 +7,7 @@ each tried alone:
 rlimits               CPU seconds (the kernel kills), address space, open files, no byte into a file, no core
 no_new_privs          no set-uid program gives rights back. It also lets an ordinary user take the last two
 capabilities dropped  all of them, which matters where a researcher runs as root
-Landlock              read the Python and shared libraries, nothing else; no TCP, no signal to another process
+Landlock              read the Python and shared libraries, nothing else: no TCP, no signal to another process
 seccomp               the system calls of ALLOWED only: no process, socket, exec, kill, ptrace, new file,
                       chmod or mount
 """
