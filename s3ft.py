@@ -153,7 +153,7 @@ def load(job: Job):
         lora.inject(model, **asdict(job.adapter), seed=job.training.seed)
     except ValueError as error:
         raise InputError(str(error)) from None
-    for line in (*check_template(model, tokenizer), *trial.check(model, tokenizer)):
+    for line in (*check_template(model, tokenizer), *trial.check(model, bf16=job.training.bf16)):
         print(line, flush=True)
     if job.adapter.target_modules == "all-linear" and lora.left_out(model):
         print(f"left out of all-linear: {', '.join(lora.left_out(model))}", flush=True)

@@ -13,8 +13,9 @@ CHANGES_SCORES = ("softcap", "position_bias", "s_aux")
 def packed_attention(module, query, key, value, attention_mask, row_lengths=None, shared=0, **kwargs):
     """Causal attention inside each packed row.
 
-    Query, key and value are `[1, heads, sum of lengths, head_dim]`. Where `shared` > 0, the first row holds that many tokens. Every other row begins with them and attends to
-    them. Rows that are not packed come from generate.py, with a mask.
+    Query, key and value are `[1, heads, sum of lengths, head_dim]`. Where `shared` > 0, the first row holds
+    that many tokens. Every other row begins with them and attends to them. Rows that are not packed come from
+    generate.py, with a mask.
     """
     packed = row_lengths is not None
     changes_scores = any(name in kwargs for name in CHANGES_SCORES)
