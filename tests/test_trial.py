@@ -224,11 +224,12 @@ def test_a_shift_that_large_logits_do_not_show_is_seen():
 
 
 def test_trained_weights_in_bfloat16_keep_every_fast_way():
-    """Four layers of SmolLM2: rounding reaches further in them than in random weights."""
+    """A part of SmolLM2: rounding reaches further in it than in random weights."""
     if not SMOLLM2.exists():
         pytest.skip("make demo writes models/SmolLM2-135M-Instruct")
     model, _ = load_model(str(SMOLLM2), "cpu", "bfloat16")
-    del model.model.layers[4:]
+    del model.model.layers[5:]
+    model.resize_token_embeddings(4096)
     assert verdict(model) == ("rows", True, 8192, True, True, True)
 
 
