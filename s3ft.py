@@ -148,7 +148,7 @@ def load(job: Job):
             model.gradient_checkpointing_enable()
     except ValueError as error:
         raise InputError(str(error)) from None
-    for line in (*check_template(model, tokenizer), *trial.check(model, tokenizer)):
+    for line in (*check_template(model, tokenizer), *trial.check(model, bf16=job.training.bf16)):
         print(line, flush=True)
 
     made_by = selection_digest(model, task, METHODS[job.method], shared.keep_unfinished)

@@ -250,11 +250,11 @@ def nearest_targets(model) -> list[str]:
     return kinds[:1]
 
 
-def try_lora(model, tokenizer, targets) -> str:
+def try_lora(model, targets) -> str:
     """Leaves the adapter in the model, with an update that is not zero."""
     try:
         lora.inject(model, rank=2, dropout=0.0, target_modules=targets, seed=0)
-        trial.check(model, tokenizer)
+        trial.check(model)
     except (InputError, ValueError) as error:
         return f"refused: {error}"
     generator = torch.Generator().manual_seed(2)
@@ -333,9 +333,9 @@ def try_class(model_class, tokenizer) -> dict:
         "generation": lambda: try_generation(model, tokenizer),
         "packed loss": lambda: try_loss(model, ways),
         "shared prefix": lambda: try_prefix(model, ways),
-        "LoRA": lambda: try_lora(model, tokenizer, nearest_targets(model)),
+        "LoRA": lambda: try_lora(model, nearest_targets(model)),
         "peft": lambda: try_peft(model),
-        "all-linear": lambda: try_lora(model, tokenizer, ["all-linear"]),
+        "all-linear": lambda: try_lora(model, ["all-linear"]),
         "peft, all-linear": lambda: try_peft(model),
     }
     for name, column in columns.items():

@@ -11,32 +11,23 @@ from support.cli import InputError
 CAN_GO_WRONG = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
-def try_training_step(model, rows: list[Row], ways: Ways) -> list[str]:
+def try_training_step(model, rows: list[Row], prefixed: list[Row], ways: Ways, bf16: bool) -> list[str]:
     """One step forward and back over some rows -> a line on layers that text does not reach.
 
-    Neither the adapter nor the random state is changed. InputError: the step fails, or a LoRA layer whose
-    surroundings ran has no finite gradient.
+    `prefixed` are rows for a shared prefix, where the ways allow one. `bf16` is that of the training to come:
+    matrix products in bfloat16. Neither the adapter nor the random state is changed. InputError: the step
+    fails, or a LoRA layer whose surroundings ran has no finite gradient.
     """
     training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    ran = set()
-
-    def note(module, args):
-        ran.add(module)
-
-    hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            model.train()
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-                loss = target_loss(model, rows, False, ways)
-            loss.backward()
+        model.train()
+        ran = forward_and_back(model, rows, prefixed, ways, bf16)
         trained, passed_by, unreached = judge_gradients(model, ran)
+    except torch.OutOfMemoryError:
+        raise InputError("out of memory in a training step over short rows: take a smaller model") from None
     except CAN_GO_WRONG as error:
         raise failure(model, "one training step", error) from None
     finally:
-        for hook in hooks:
-            hook.remove()
         model.zero_grad(set_to_none=True)
         model.train(training)
 
@@ -49,6 +40,28 @@ def try_training_step(model, rows: list[Row], ways: Ways) -> list[str]:
     if unreached:
         return [f"{name}: text does not reach {some(unreached)}, so these are not trained"]
     return []
+
+
+def forward_and_back(model, rows: list[Row], prefixed: list[Row], ways: Ways, bf16: bool) -> set:
+    """Leave the gradients of a loss in the model -> the modules that ran. The random state is kept."""
+    ran = set()
+
+    def note(module, args):
+        ran.add(module)
+
+    hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):  # as train.py does
+                loss = target_loss(model, rows, False, ways)
+                if ways.shared_prefix:
+                    loss = loss + target_loss(model, prefixed, True, ways)
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran
 
 
 def judge_gradients(model, ran: set) -> tuple[list[str], list[str], list[str]]:

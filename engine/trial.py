@@ -37,15 +37,17 @@ _ways = weakref.WeakKeyDictionary()  # model -> (its attention, its Ways)
 _right_with_rows = weakref.WeakSet()  # models whose logits are their own under "rows"
 
 
-def check(model, tokenizer) -> list[str]:
+def check(model, *, bf16: bool = False) -> list[str]:
     """Try all that a run rests on, before any generation -> lines on what is slower, or not trained.
 
-    InputError: the model cannot run, or the LoRA layers that are in it cannot be trained.
+    `bf16`: the training to come computes matrix products in bfloat16. InputError: the model cannot run, or
+    the LoRA layers that are in it cannot be trained.
     """
     ways = ways_of(model, announce=False)
     lines = list(ways.slow)
     if lora.parameters(model):
-        lines += try_training_step(model, trial_rows(model)[:3], ways)
+        short = trial_rows(model)[: len(LENGTHS)]
+        lines += try_training_step(model, short[:3], with_prefix(model, short), ways, bf16)
     return lines
 
 

@@ -4,6 +4,7 @@ The reference is the plain forward of transformers over one row at a time. It us
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ import lora
 from engine import trial
 from engine.forward import Ways
 from engine.forward import target_logits as logits_by
+from engine.model import load_model
 from engine.packed import target_logits, target_loss, token_log_probs
 from support.cli import InputError
 
+SMOLLM2 = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
 BASE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3,
             max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
 LLAMA = dict(BASE, intermediate_size=48, num_key_value_heads=2, head_dim=8)
@@ -101,9 +104,9 @@ LLAMA_CONFIG = KINDS["llama"]
 SEE_EACH_OTHER = ("falcon", "mpt", "bloom", "gpt_oss", "granite hybrid", "mamba2", "qwen3_next", "lfm2")
 
 
-def model_of(config):
+def model_of(config, dtype=torch.float32):
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+    model = tf.AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval().to(dtype)
     trial.use_rows_attention(model)  # as load_model does
     return model
 
@@ -179,19 +182,93 @@ def test_models_whose_packed_rows_see_each_other_are_found_out(kind):
         packed, _ = logits_by(model, rows, False, Ways(packed=True))
         expected, _ = rows_alone(model, rows)
     assert (packed - expected).abs().max() > 0.01  # packing is wrong here, so this model shows something
-    (line,) = [line for line in trial.check(model, None) if "packed rows" in line]
+    (line,) = [line for line in trial.check(model) if "packed rows" in line]
     assert type(model).__name__ in line
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "granite hybrid", "lfm2"])
 def test_a_state_that_fades_is_seen_in_16_bits_too(kind):
-    assert not trial.ways_of(model_of(KINDS[kind]).to(torch.bfloat16)).packed
+    assert not trial.ways_of(model_of(KINDS[kind], torch.bfloat16)).packed
+
+
+def verdict(model):
+    ways = trial.ways_of(model, announce=False)
+    attention = model.config._attn_implementation
+    return attention, ways.packed, ways.pack_limit, ways.shared_prefix, ways.keeps_logits, ways.plain_head
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_verdict_in_bfloat16_is_that_in_float32(kind):
+    assert verdict(model_of(KINDS[kind], torch.bfloat16)) == verdict(model_of(KINDS[kind]))
+
+
+@pytest.mark.parametrize("cap", [2.0, 30.0])
+@pytest.mark.parametrize("spread_of_weights", [0.02, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_that_small_logits_do_not_show_is_seen(cap, spread_of_weights, dtype):
+    shape = LLAMA | {"initializer_range": spread_of_weights}
+    capped = tf.Gemma2Config(**shape, sliding_window=8, final_logit_softcapping=cap)
+    free = tf.Gemma2Config(**shape, sliding_window=8, final_logit_softcapping=None)
+    assert not trial.ways_of(model_of(capped, dtype)).plain_head
+    assert trial.ways_of(model_of(free, dtype)).plain_head
+
+
+def test_a_shift_that_large_logits_do_not_show_is_seen():
+    class Shifted(tf.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + torch.linspace(-1, 1, output.logits.shape[-1])
+            return output
+
+    assert not trial.ways_of(Shifted(copy.deepcopy(LLAMA_CONFIG)).eval()).plain_head
+
+
+def test_trained_weights_in_bfloat16_keep_every_fast_way():
+    """A part of SmolLM2: rounding reaches further in it than in random weights."""
+    if not SMOLLM2.exists():
+        pytest.skip("make demo writes models/SmolLM2-135M-Instruct")
+    model, _ = load_model(str(SMOLLM2), "cpu", "bfloat16")
+    del model.model.layers[5:]
+    model.resize_token_embeddings(4096)
+    assert verdict(model) == ("rows", True, 8192, True, True, True)
+
+
+class HidesThePrefix(tf.LlamaForCausalLM):
+    """Rows see nothing outside themselves, whatever is said to be shared."""
+
+    def forward(self, *args, shared=0, **kwargs):
+        return super().forward(*args, shared=0, **kwargs)
+
+
+class LetsRowsSeeTheFirst(tf.LlamaForCausalLM):
+    """What is shared is taken to be longer than it is, by a row."""
+
+    def forward(self, *args, shared=0, row_lengths=None, **kwargs):
+        if shared:
+            row_lengths = [sum(row_lengths[:2]), *row_lengths[2:]]
+            shared = row_lengths[0]
+        if row_lengths:
+            kwargs["row_lengths"] = row_lengths
+        return super().forward(*args, shared=shared, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [HidesThePrefix, LetsRowsSeeTheFirst])
+@pytest.mark.parametrize("tolerance", [0.0, float("inf")])
+def test_a_prefix_is_refused_by_numbers_and_by_what_rows_see(kind, dtype, tolerance):
+    model = kind(copy.deepcopy(LLAMA_CONFIG)).eval().to(dtype)
+    model.set_attn_implementation("rows")
+    assert trial.ways_of(model).packed and not trial.ways_of(model).shared_prefix
+    rows = trial.trial_rows(model)
+    ways = trial.ways_of(model)
+    with trial.as_base_model(model):
+        assert not trial.shares_prefix(model, rows, tolerance, ways)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "deepseek v3", "qwen2_moe, a window in the mask"])
 def test_the_fast_ways_are_taken_where_they_are_right(kind, dtype):
-    ways = trial.ways_of(model_of(KINDS[kind]).to(dtype))
+    ways = trial.ways_of(model_of(KINDS[kind], dtype))
     assert ways.packed and ways.plain_head and ways.keeps_logits
     assert ways.shared_prefix == ("window" not in kind)
     assert len(ways.slow) == ("window" in kind)
@@ -262,7 +339,7 @@ def test_a_model_that_computes_something_else_with_our_attention_keeps_its_own(c
 def test_a_model_that_looks_ahead_is_refused_in_one_line():
     model = tf.BertLMHeadModel(tf.BertConfig(**BASE, intermediate_size=48, is_decoder=False)).eval()
     with pytest.raises(InputError, match="BertLMHeadModel is no causal language model"):
-        trial.check(model, None)
+        trial.check(model)
 
 
 def test_a_model_that_cannot_run_is_refused_in_one_line():
@@ -271,7 +348,49 @@ def test_a_model_that_cannot_run_is_refused_in_one_line():
             raise ValueError("this needs\nan image")
 
     with pytest.raises(InputError, match=r"9 tokens of Fails fails \(ValueError: this needs an image\)$"):
-        trial.check(Fails(copy.deepcopy(LLAMA_CONFIG)).eval(), None)
+        trial.check(Fails(copy.deepcopy(LLAMA_CONFIG)).eval())
+
+
+class FewTokensFit(tf.MistralForCausalLM):
+    """Memory runs out over more than so many tokens."""
+
+    fit = 0
+
+    def forward(self, input_ids, **kwargs):
+        if input_ids.numel() > self.fit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+def model_with_little_memory(fit, **settings):
+    torch.manual_seed(0)
+    model = FewTokensFit(tf.MistralConfig(**LLAMA, **settings)).eval()
+    model.fit = fit
+    return model
+
+
+def test_memory_that_runs_out_in_a_trial_is_said_and_blames_no_row():
+    model = model_with_little_memory(20, sliding_window=None)
+    model.set_attn_implementation("rows")
+    (line,) = trial.check(model)
+    assert "memory ran out in a trial, and perhaps packed rows" in line
+    with torch.no_grad():
+        model.fit = 33
+        rows = random_rows()
+        assert_equal(target_logits(model, rows)[0], rows_alone(model, rows)[0])
+
+
+def test_without_memory_for_a_row_beyond_the_window_packs_stay_inside_it():
+    model = model_with_little_memory(60, sliding_window=60)  # the row beyond the window has 128 tokens
+    trial.use_rows_attention(model)
+    assert model.config._attn_implementation == "rows"
+    ways = trial.ways_of(model)
+    assert ways.packed and ways.pack_limit == 60
+
+
+def test_a_model_that_memory_does_not_hold_is_refused_in_one_line():
+    with pytest.raises(InputError, match="out of memory over one row of 9 tokens: take a smaller model"):
+        trial.check(model_with_little_memory(8, sliding_window=None))
 
 
 # ---------------------------------------------------------------------------------------------- LoRA's step
@@ -294,16 +413,30 @@ def test_lora_layers_that_cannot_be_trained_are_refused_by_name():
     model.model.layers[1].mlp = PassesLayerBy(model.model.layers[1].mlp)
     lora.inject(model, target_modules=["model.layers.1.mlp.down_proj", "q_proj"], seed=0)
     with pytest.raises(InputError, match=r"--target-modules: .*down_proj"):
-        trial.check(model, None)
+        trial.check(model)
     lora.remove(model)
     lora.inject(model, target_modules=["q_proj"], seed=0)
-    assert trial.check(model, None) == []
+    assert trial.check(model) == []
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_step_is_that_of_training(bf16):
+    """In training's precision, whatever the dtype of the weights, and with a shared prefix."""
+    model = model_of(LLAMA_CONFIG)
+    lora.inject(model, target_modules=["q_proj"], seed=0)
+    trial.ways_of(model)
+    steps = []
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: steps.append((torch.is_autocast_enabled("cpu"), args[0].shape[1]))
+    )
+    assert trial.check(model, bf16=bf16) == []
+    assert steps == [(bf16, 9 + 9 + 5), (bf16, 6 + 9 + 5 + 14)]
 
 
 def test_layers_that_text_does_not_reach_are_named_and_stay():
     model = model_of(KINDS["gemma3 with vision"])
     lora.inject(model, target_modules=["q_proj", "v_proj"], seed=0)
-    (line,) = [line for line in trial.check(model, None) if "does not reach" in line]
+    (line,) = [line for line in trial.check(model) if "does not reach" in line]
     assert "vision_tower" in line and "language_model" not in line
 
 
@@ -313,7 +446,7 @@ def test_gradients_that_are_not_finite_are_refused():
     trial.ways_of(model)
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(InputError, match="no finite gradient"):
-        trial.check(model, None)
+        trial.check(model)
 
 
 def test_a_trial_leaves_no_trace():
@@ -321,7 +454,7 @@ def test_a_trial_leaves_no_trace():
     model = model_of(LLAMA_CONFIG).train()
     lora.inject(model, target_modules=["q_proj"], dropout=0.5, seed=0)
     before, random_state = lora.state_dict(model), torch.get_rng_state()
-    assert trial.check(model, None) == []
+    assert trial.check(model) == []
     assert model.training and torch.equal(torch.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in model.parameters())
     for key, value in lora.state_dict(model).items():
