@@ -181,7 +181,9 @@ def _open_block(tokenizer, template: str, prompt_tail: str, tail: str, after: st
     prompt holds more than the conversation has there, and nothing known closes it.
     """
     # 1. What the prompt has more than the conversation, without the blocks that it closes itself.
-    differs = not tail.startswith(prompt_tail)
+    of_prompt = " ".join(prompt_tail.split())  # blanks leave nothing open
+    of_conversation = " ".join(tail.split())
+    differs = not of_conversation.startswith(of_prompt)
     start = len(os.path.commonprefix([prompt_tail, tail])) if differs else 0
     for tag in OPEN_TAG.finditer(prompt_tail):
         if tag.start() < start < tag.end():
@@ -205,12 +207,15 @@ def _open_block(tokenizer, template: str, prompt_tail: str, tail: str, after: st
         if differs and not tags[-1].startswith(BARS):
             return tags[-1], candidates[0]
 
-    # 3. Anything else that stays open.
-    same_end = tail.strip() and prompt_tail.rstrip().endswith(tail.strip())
-    if differs and re.search(r"\w", more) and not same_end:
+    # 3. Anything else that stays open, except words about the question and a role under another name.
+    ends_alike = tail.strip() and prompt_tail.rstrip().endswith(tail.strip())
+    shared = len(os.path.commonprefix([of_prompt, of_conversation]))
+    name = re.compile(r"\w+\W*")
+    renamed = name.fullmatch(of_prompt, shared) and name.fullmatch(of_conversation, shared)
+    if differs and re.search(r"\w", more) and not ends_alike and not renamed:
         raise InputError(
-            f"the model's generation prompt ends in {more.strip()[-80:]!r}. No conversation of its template has "
-            "that there, and nothing known closes it, so that a gold would stand inside. A setting of the "
+            f"the model's generation prompt ends in {more.strip()[-80:]!r}. No conversation of its template "
+            "has that there, and nothing known closes it, so a gold would stand inside. A setting of the "
             "template may leave it out, such as --chat-template-kwargs '{\"enable_thinking\": false}'"
         )
     return "", ""

@@ -234,6 +234,17 @@ def test_a_prompt_that_leaves_open_what_nothing_closes_is_refused(prompt_end):
     assert "\n" not in str(error.value)
 
 
+def test_a_role_under_another_name_and_words_about_the_question_leave_nothing_open():
+    renamed = "{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}"
+    template = CHATML.partition("{% if add_generation_prompt %}")[0] + renamed
+    only_last = "{{ m.content }}{% if loop.last %} Be brief.{% endif %}<|im_end|>"
+    words = CHATML.replace("{{ m.content }}<|im_end|>", only_last, 1)
+    blanks = turns(after_answer="<|im_end|>", prompt_end="\n \n<model>\n", before_answer=" <model>")
+    for changed, end in ((template, "bot\n"), (words, "assistant\n"), (blanks, "<model>\n")):
+        prompt, target = targets(tokenizer_of(changed, MARKS))
+        assert prompt.endswith(end) and target == ANSWER + "<|im_end|>"
+
+
 def test_a_turn_that_nothing_closes_ends_where_the_models_own_generation_does(tiny, tmp_path):
     """As in GLM: the mark of the user's next turn ends the answer."""
     model, tokenizer = load_model(str(tiny), "cpu")
