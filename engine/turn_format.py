@@ -71,21 +71,22 @@ def _turn_format(tokenizer, template: str, ends: frozenset[int], known_by: tuple
     between = _next_head(tokenizer, as_parts)
 
     # 2. What stands before an answer. A block that the generation prompt leaves open is closed first.
-    open_block, close = _open_block(tokenizer, template, prompt_tail, tail, after + between)
+    open_block, close, instead = _open_block(tokenizer, template, prompt_tail, tail, after + between)
     note = ""
     if before.startswith(prompt) and (not open_block or close in before[len(prompt) :]):
         opening = before[len(prompt) :]
     elif open_block:
         line = "\n" if prompt.endswith("\n") else ""
-        opening = line + close + 2 * line
+        opening = line + close + 2 * line + instead
         note = f"the generation prompt leaves {open_block} open: a gold closes it first"
     else:
         opening = ""
         note = "the chat template writes an answer elsewhere than after its prompt: a gold follows the prompt"
 
     # 3. What stands after it.
-    followed = _closing_before(tokenizer, prompt, between)
-    closing, end, said = _closing(tokenizer, after, followed, between, ends)
+    begin = _begin_of_turn(tokenizer, prompt)
+    followed = _closing_before(tokenizer, prompt, between, begin)
+    closing, end, said = _closing(tokenizer, after, followed, between, begin, ends)
     note = note or said
 
     # 4. What it does to the answer itself.
@@ -173,9 +174,10 @@ def closing_tags(tag: str) -> list[str]:
     return found
 
 
-def _open_block(tokenizer, template: str, prompt_tail: str, tail: str, after: str) -> tuple[str, str]:
-    """(the tag of the block that the generation prompt leaves open, what closes it), else ("", "").
+def _open_block(tokenizer, template: str, prompt_tail: str, tail: str, after: str) -> tuple[str, str, str]:
+    """(tag of the block that the generation prompt leaves open, its closing, what follows), else three "".
 
+    What follows is what a conversation has instead of the block, such as the mark of a final channel.
     `prompt_tail` follows the question in the prompt, `tail` in a conversation with an answer. A prompt may
     also end in a tag that names the role (<assistant>), closed after the answer or never. InputError: the
     prompt holds more than the conversation has there, and nothing known closes it.
@@ -189,6 +191,7 @@ def _open_block(tokenizer, template: str, prompt_tail: str, tail: str, after: st
         if tag.start() < start < tag.end():
             start = tag.start()
     more = prompt_tail[start:]
+    instead = tail[start:].lstrip() if differs else ""
     for tag in OPEN_TAG.findall(more):
         for close in closing_tags(tag):
             if tag in more and close in more.partition(tag)[2]:
@@ -200,12 +203,11 @@ def _open_block(tokenizer, template: str, prompt_tail: str, tail: str, after: st
         added = tokenizer.get_added_vocab()
         candidates = closing_tags(tags[-1])
         if any(close in after for close in candidates):
-            return "", ""
-        for close in candidates:
-            if close in template or close in added:
-                return tags[-1], close
-        if differs and not tags[-1].startswith(BARS):
-            return tags[-1], candidates[0]
+            return "", "", ""
+        known = [close for close in candidates if close in template or close in added]
+        if known or differs and not tags[-1].startswith(BARS):
+            close = known[0] if known else candidates[0]
+            return tags[-1], close, instead.rpartition(close)[2].lstrip()
 
     # 3. Anything else that stays open, except words about the question and a role under another name.
     ends_alike = tail.strip() and prompt_tail.rstrip().endswith(tail.strip())
@@ -218,7 +220,7 @@ def _open_block(tokenizer, template: str, prompt_tail: str, tail: str, after: st
             "has that there, and nothing known closes it, so a gold would stand inside. A setting of the "
             "template may leave it out, such as --chat-template-kwargs '{\"enable_thinking\": false}'"
         )
-    return "", ""
+    return "", "", ""
 
 
 def _blocks(tokenizer, written: str, frame: str) -> tuple[tuple[str, str], ...]:
@@ -260,11 +262,23 @@ def _mark_pattern(tokenizer, text: str) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
 
 
-def _closing_before(tokenizer, prompt: str, between: str) -> str:
+def _begin_of_turn(tokenizer, prompt: str) -> str:
+    """The first mark of the prompt, which ends no turn: <|im_start|>. "" if there is none, or it is EOS.
+
+    A BOS that stands there only once is passed over. In SmolLM2 BOS is <|im_start|> itself.
+    """
+    first_head, _, prompt_tail = prompt.partition(QUESTION)
+    if tokenizer.bos_token and tokenizer.bos_token not in prompt_tail:
+        first_head = first_head.removeprefix(tokenizer.bos_token)
+    mark = _mark_pattern(tokenizer, first_head).search(first_head)
+    return mark[0] if mark and mark[0] != tokenizer.eos_token else ""
+
+
+def _closing_before(tokenizer, prompt: str, between: str, begin: str) -> str:
     """What closes an answer that another turn follows: what stands `between` them, without the user's head.
 
     The head is what also stands before the first question. Where a system's turn is closed in the same way,
-    that is too much: then a mark that closes the user's turn as well and begins no turn closes the answer.
+    that is too much: then a mark that closes the user's turn as well closes the answer.
     """
     first_head, _, prompt_tail = prompt.partition(QUESTION)
     pattern = _mark_pattern(tokenizer, between)
@@ -274,18 +288,17 @@ def _closing_before(tokenizer, prompt: str, between: str) -> str:
         if mark.start() < cut < mark.end():
             cut = mark.end()
     mark = pattern.search(between)
-    begins_turn = pattern.search(first_head.removeprefix(tokenizer.bos_token or ""))
-    if not mark or begins_turn and mark[0] == begins_turn[0]:
+    if not mark or mark[0] == begin:
         return ""
 
     if between[:cut].strip():
         return between[:cut]
     ends_user = prompt_tail.lstrip().startswith(mark[0])
-    return between[: mark.end()] if begins_turn and ends_user else ""
+    return between[: mark.end()] if begin and ends_user else ""
 
 
 def _closing(
-    tokenizer, after: str, followed: str, between: str, ends: frozenset[int]
+    tokenizer, after: str, followed: str, between: str, begin: str, ends: frozenset[int]
 ) -> tuple[str, int, str]:
     """(what closes a turn, its last token, a note), given what the template writes after an answer.
 
@@ -297,15 +310,16 @@ def _closing(
     pattern = _mark_pattern(tokenizer, after + between)
     note = ""
     mark = pattern.search(after)
-    if not mark:
+    if not mark or mark[0] == begin:  # nothing, or a generation prompt that is not asked for
         after = followed
         mark = pattern.search(after)
         note = "the chat template closes a turn only if another follows: a gold is closed so"
     if mark:
         end = mark.end()
-        while (more := pattern.match(after, end)) and (
-            more[0] == tokenizer.eos_token or followed.startswith(after[: more.end()])
-        ):
+        while more := pattern.match(after, end):
+            of_head = more[0] == begin if not between else not followed.startswith(after[: more.end()])
+            if of_head and more[0] != tokenizer.eos_token:
+                break
             mark, end = more, more.end()
         return after[:end], tokenizer.convert_tokens_to_ids(mark[0]), note
 

@@ -141,6 +141,23 @@ KINDS = {
         "",
         "<|end_reply|><|end_turn|>",
     ),
+    "two ends, in which BOS begins each turn": (
+        tokenizer_of(
+            turns("", "<|end_reply|><|end_turn|>", head="<s>{role}\n", user_end="<|end_turn|>"),
+            ("<|end_reply|>", "<|end_turn|>"),
+        ),
+        "",
+        "<|end_reply|><|end_turn|>",
+    ),
+    "two ends of a template that takes one question": (
+        tokenizer_of(
+            "{% if messages|length > 2 %}{{ raise_exception('one only') }}{% endif %}"
+            + turns(after_answer="<|end_reply|><|end_turn|>\n<|im_start|>"),
+            (*MARKS, "<|end_reply|>", "<|end_turn|>"),
+        ),
+        "",
+        "<|end_reply|><|end_turn|>",
+    ),
     "an end that is written only before another turn": (
         tokenizer_of(UNCLOSED % "", MARKS),
         "",
@@ -148,6 +165,11 @@ KINDS = {
     ),
     "an end only before another turn, after a system's": (
         tokenizer_of(UNCLOSED % "<|im_start|>system\nBe brief.<|im_end|>\n", MARKS),
+        "",
+        "<|im_end|>",
+    ),
+    "an end only before another turn, with a prompt that is not asked for": (
+        tokenizer_of((UNCLOSED % "").replace("if add_generation_prompt", "if true"), MARKS),
         "",
         "<|im_end|>",
     ),
@@ -177,6 +199,14 @@ KINDS = {
         ),
         "<|end_of_thought|>",
         "</s>",
+    ),
+    "an open block in place of the final channel": (
+        tokenizer_of(
+            turns("<|start_response|>", "<|end_response|>", "<|start_thinking|>"),
+            (*MARKS, "<|start_thinking|>", "<|end_thinking|>", "<|start_response|>", "<|end_response|>"),
+        ),
+        "<|end_thinking|><|start_response|>",
+        "<|end_response|>",
     ),
     "a generation prompt that is not asked for": (
         tokenizer_of(CHATML.replace("add_generation_prompt", "false"), MARKS),
@@ -580,6 +610,8 @@ def test_what_differs_from_the_templates_own_text_is_said(kind):
     }
     expected |= {
         "an end that is written only before another turn": "only if another follows",
+        "an end only before another turn, with a prompt that is not asked for": "only if another follows",
+        "an open block in place of the final channel": "leaves <|start_thinking|> open: a gold closes it",
         "an end only before another turn, after a system's": "only if another follows",
         "nothing closes the turn, after a system's": "closes no turn: a gold ends with </s>",
         "an open block in a namespace": "leaves <seed:think> open: a gold closes it first",
