@@ -135,11 +135,12 @@ def load_tokenizer(
 
 def _ends_of_generation(name: str, trust_remote_code: bool) -> frozenset[int]:
     """The tokens at which a model's own generation stops, as its files say: turn_format.py reads them."""
+    configured = None
+    unreadable = (OSError, ValueError, KeyError, ImportError)  # whoever loads the model says so
     try:
         configured = GenerationConfig.from_pretrained(name).eos_token_id
-    except (OSError, ValueError):  # most often there is no such file, and the model's own says it
-        configured = None
-        with contextlib.suppress(OSError, ValueError):
+    except unreadable:  # most often there is no such file, and the model's configuration says it
+        with contextlib.suppress(*unreadable):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             configured = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
     if isinstance(configured, int):
