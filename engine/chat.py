@@ -7,24 +7,27 @@ What a model generated is trained on as its own tokens. A gold is text, so it is
 puts an assistant's words, and closed as the template closes a turn: turn_format.py reads both off the
 template.
 
-Special tokens inside a question or a gold are encoded as plain text. An added token that the tokenizer does
-not call special, such as Qwen's <think>, stays a token there. So a gold may hold reasoning of its own.
+Special tokens inside a question or a gold are encoded as plain text, and so are added tokens that the
+template writes around a turn. Any other added token that the tokenizer does not call special, such as Qwen's
+<think>, stays a token there. So a gold may hold reasoning of its own.
 
 Channels (`response_text`): a template that writes special tokens before an answer names its final channel
-(gpt-oss, Command R7B). Blocks in <name>, </name> or [NAME], [/NAME] are left out if both are added tokens
-(Qwen3, Magistral) or the template writes them. Otherwise special tokens cut a response into parts, and the
-last part is the answer. Not covered: channels told apart by words alone in a template that shows no answer,
-blocks whose two ends have other names (<|begin_of_thought|>), and tokenizers without a Hugging Face chat
-template.
+(gpt-oss, Command R7B). Blocks in <name>, </name> or [NAME], [/NAME] or <|begin_name|>, <|end_name|> are left
+out if both are added tokens (Qwen3, Magistral) or the template writes them, and so is thinking with which a
+response begins. Otherwise special tokens cut a response into parts, and the last part is the answer. Not
+covered: channels told apart by words alone in a template that shows no answer, and tokenizers without a
+Hugging Face chat template.
 """
 
 import re
 
 from engine.turn_format import (
     ANSWER,
+    OPEN_TAG,
     QUESTION,
+    THINKING,
     TurnFormat,
-    closing_tag,
+    closing_tags,
     message,
     render,
     special_tokens,
@@ -108,8 +111,8 @@ def _gold_ids(tokenizer, user: str, response: str, before: list[int]) -> list[in
 
 def _closes_a_block_of(turn: TurnFormat, response: str) -> bool:
     """Does the response hold the end of the thinking that the template would write before it?"""
-    for tag in turn.blocks:
-        if closing_tag(tag) in turn.opening and closing_tag(tag) in response:
+    for _, close in turn.blocks:
+        if close in turn.opening and close in response:
             return True
     return False
 
@@ -172,7 +175,7 @@ def response_text(tokenizer, tokens: list[int]) -> str:
     closing = _encode(tokenizer, turn.closing, continued=True)
     if closing and ids[-len(closing) :] == closing:
         ids = ids[: -len(closing)]
-    block_ends = {closing_tag(tag) for tag in turn.blocks}
+    block_ends = {close for _, close in turn.blocks}
     while ids and ids[-1] in special and tokenizer.convert_ids_to_tokens(ids[-1]) not in block_ends:
         ids.pop()
 
@@ -181,20 +184,29 @@ def response_text(tokenizer, tokens: list[int]) -> str:
     text = _decode(tokenizer, last_part)
 
     # 3. Blocks whose tags are text, at the beginning of the response or begun by the prompt.
-    for tag in turn.blocks:
+    for tag, close in (*turn.blocks, *_thinking_at_the_beginning(text)):
         begun = tag == turn.open_block and last_part == ids
         if begun or text.lstrip().startswith(tag):
-            text = _after_block(turn, text, closing_tag(tag)).lstrip()
+            text = _after_block(turn, text, tag, close).lstrip()
     if last_part == ids:
         return text
     return text.lstrip()
 
 
-def _after_block(turn: TurnFormat, text: str, close: str) -> str:
-    """What follows a block. A closed block that nothing follows is the answer (a tool call), unless it is
-    thinking."""
+def _thinking_at_the_beginning(text: str) -> list[tuple[str, str]]:
+    """The tags of a block of thinking with which the text begins, though the template may know no such."""
+    tag = OPEN_TAG.match(text.lstrip())
+    if not tag or not THINKING.search(tag[0]):
+        return []
+    closings = closing_tags(tag[0])
+    return [(tag[0], next((close for close in closings if close in text), closings[0]))]
+
+
+def _after_block(turn: TurnFormat, text: str, tag: str, close: str) -> str:
+    """What follows a block. A closed one that nothing follows is the answer, except a model's thinking."""
     _, closed, rest = text.partition(close)
-    thinking = turn.open_block or close in turn.opening
+    of_model = (tag, close) in turn.blocks
+    thinking = turn.open_block or close in turn.opening or of_model and THINKING.search(tag)
     if closed and not rest.strip() and not thinking:
         return text
     return rest
@@ -212,7 +224,7 @@ def _last_part(tokenizer, turn: TurnFormat, ids: list[int], special: frozenset[i
 
     for place in reversed(range(len(ids))):
         if ids[place] in special:
-            begins_block = tokenizer.convert_ids_to_tokens(ids[place]) in turn.blocks
+            begins_block = tokenizer.convert_ids_to_tokens(ids[place]) in dict(turn.blocks)
             return [] if begins_block else ids[place + 1 :]
     return ids
 

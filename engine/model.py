@@ -13,7 +13,7 @@ import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import engine.attention  # noqa: F401, registers the attention that is named "rows"
 from engine import trial
@@ -129,7 +129,23 @@ def load_tokenizer(
             tokenizer.chat_template = {name: clock + text for name, text in template.items()}
         elif template:
             tokenizer.chat_template = clock + template
+    tokenizer.ends_of_generation = _ends_of_generation(name, trust_remote_code)
     return tokenizer
+
+
+def _ends_of_generation(name: str, trust_remote_code: bool) -> frozenset[int]:
+    """The tokens at which a model's own generation stops, as its files say: turn_format.py reads them."""
+    configured = None
+    unreadable = (OSError, ValueError, KeyError, ImportError)  # whoever loads the model says so
+    try:
+        configured = GenerationConfig.from_pretrained(name).eos_token_id
+    except unreadable:  # most often there is no such file, and the model's configuration says it
+        with contextlib.suppress(*unreadable):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            configured = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    if isinstance(configured, int):
+        configured = [configured]
+    return frozenset(configured or ())
 
 
 def stopped_clock(date: str) -> str:
