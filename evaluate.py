@@ -1,5 +1,4 @@
-"""How good is a model at the task, and how far did it drift? Accuracies with intervals, drift, and the report
-of a run.
+"""How good is a model at the task, and how far did it drift? Accuracies, drift, and the report of a run.
 
     python evaluate.py --out RUN                              a run: Tables 1 to 3, Fig. 2, drift
     python evaluate.py --out RUN --benchmarks mmlu,hellaswag  and Table 4: what fine-tuning forgot
@@ -10,7 +9,7 @@ of a run.
     python evaluate.py --out F --model M --benchmarks mmlu    a model on its own
 
 A run is the folder that s3ft.py wrote. Added to it are, for the base model and every trained one, test.jsonl
-(the answers), test.judged.jsonl (the verdicts) and drift.json; then results.json, report.md and figures/.
+(the answers), test.judged.jsonl (the verdicts) and drift.json. Then come results.json, report.md and figures/.
 What is there already is not made again.
 
 Decided here, the paper being silent:
@@ -19,7 +18,7 @@ Decided here, the paper being silent:
 2. Accuracy comes with Wilson's 95 % interval, a difference to SFT with McNemar's exact test over the same
    test rows.
 3. Drift is the mean of KL(base || tuned) over every token of the base model's own greedy responses, to
-   general prompts (examples/general.jsonl; 32 tokens at most) and to the first 24 test prompts. It needs no
+   general prompts (examples/general.jsonl, 32 tokens at most) and to the first 24 test prompts. It needs no
    benchmark, and tracks forgetting (arXiv 2509.04259).
 4. An unreadable verdict of the LLM judge counts as not accepted, and is counted.
 """
@@ -77,7 +76,8 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     measure = Measure(model, tokenizer, task, test_rows, evaluation)
 
     # 1. The base model, before an adapter is in it.
-    results = {"config": config, "machine": machine_of(model), "selection": {}, "log_probabilities": None}
+    results = {"config": config, "machine": machine_of(model)}
+    results |= {"selection": {}, "log_probabilities": None}
     models = results["models"] = {"base": measure.base()}
     if task.train != task.predict:
         models[TRAIN_PROMPT] = measure.answers(task.train, evaluation.folder("base") / "train_prompt")
@@ -115,8 +115,9 @@ def add_earlier_scores(models: dict[str, dict], earlier: dict[str, dict], folder
     """merge_benchmarks, and a line about scores of other weights, which the report loses."""
     left_out = merge_benchmarks(models, earlier)
     if left_out:
-        note(f"{folder / 'results.json'}: its scores of {', '.join(left_out)} are of other weights, or do not "
-             "say of which: they are left out. Name the benchmarks again to have them")
+        names = ", ".join(left_out)
+        note(f"{folder / 'results.json'}: its scores of {names} are of other weights, or do not say of "
+             "which: they are left out. Name the benchmarks again to have them")
 
 
 def load_base_model(config: dict, machine: Machine):
@@ -190,14 +191,15 @@ class Measure:
         result["training"] = run_files.read_training(evaluation.run / name)
         if evaluation.benchmarks:
             scores, samples = self._score(name)
-            drop = benchmarks.paired_drop(self.base_samples, samples)
-            result["benchmarks"] = {"scores": scores, "drop": drop}
+            result["benchmarks"] = {
+                "scores": scores,
+                "drop": benchmarks.paired_drop(self.base_samples, samples),
+                "drop_log_p": benchmarks.paired_drop(self.base_samples, samples, metric="log_p"),
+            }
         return result
 
     def answers(self, template: str, folder: Path) -> dict:
-        """Accuracy on the test rows under a prompt, with what had to be counted. The answers are kept in
-        `folder`.
-        """
+        """Accuracy on the test rows under a prompt, and what was counted. `folder` keeps the answers."""
         prompts = {x.id: prompt(template, x) for x in self.test}
         limits = Limits(self.task.max_new_tokens, self.task.stop)
         rows = respond(self.model, self.tokenizer, prompts, folder / "test.jsonl", limits)
@@ -244,12 +246,11 @@ def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:
 
 
 def harness_accuracy(pairs: list[tuple[Example, str]]) -> dict[str, float]:
-    """GSM8K as lm-evaluation-harness reads it, to be set beside published numbers. The paper's rule is
-    `numeric`.
-    """
+    """GSM8K as lm-evaluation-harness reads it, for published numbers. The paper's rule is `numeric`."""
     found = {}
     for name, read in (("strict", gsm8k.gsm8k_strict), ("flexible", gsm8k.gsm8k_flexible)):
-        found[name] = sum(gsm8k.gsm8k_match(read(response), x.answer) for x, response in pairs) / len(pairs)
+        correct = sum(gsm8k.gsm8k_match(read(response), x.answer) for x, response in pairs)
+        found[name] = correct / len(pairs)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -168,7 +169,19 @@ def test_a_report_with_general_benchmarks_shows_the_drop(run, tmp_path, monkeypa
     for name in ("winogrande", "hellaswag"):
         accuracy = [models[who]["benchmarks"]["scores"][name]["acc"] for who in ("base", "sft")]
         assert models["sft"]["benchmarks"]["drop"][name]["drop"] == pytest.approx(accuracy[0] - accuracy[1])
-    assert "| method | winogrande | hellaswag | average |" in (run / "report.md").read_text()
+    report = (run / "report.md").read_text()
+    assert "| method | winogrande | hellaswag | average |" in report
+
+    log_p = {}
+    for who in ("base", "sft"):
+        rows = read_jsonl(run / who / "benchmarks" / "samples.jsonl")
+        log_p[who] = [row["metrics"]["log_p"] for row in rows if row["benchmark"] == "hellaswag"]
+    differences = [before - after for before, after in zip(log_p["base"], log_p["sft"], strict=True)]
+    drop = models["sft"]["benchmarks"]["drop_log_p"]["hellaswag"]
+    half = 1.959964 * statistics.stdev(differences) / math.sqrt(3)
+    assert drop["drop"] == pytest.approx(statistics.mean(differences))
+    assert drop["interval"][1] - drop["drop"] == pytest.approx(half)
+    assert f"{statistics.mean(log_p['base']):.3f} |  |" in report and f"| {drop['drop']:.3f} (" in report
 
 
 def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
@@ -179,7 +192,9 @@ def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
     argv = [f"--model={tiny}", "--benchmarks=winogrande", f"--data={tmp_path / 'data'}", "--device=cpu", "--limit=2"]
     evaluate.main([*argv, f"--out={tmp_path / 'alone'}"])
     assert json.loads((tmp_path / "alone" / "results.json").read_text())["benchmarks"]["winogrande"]["n"] == 2
-    assert "| winogrande | acc |" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    (log_p,) = [line.split(" | ") for line in report.splitlines() if line.startswith("| winogrande | log_p |")]
+    assert "| winogrande | acc |" in report and log_p[3] == "nats" and -3 < float(log_p[2]) < 0
     evaluate.main([*argv, f"--out={tmp_path / 'adapted'}", f"--adapter={run / 'sft'}"])
     rows = [read_jsonl(tmp_path / name / "samples.jsonl")[0]["log_likelihoods"] for name in ("alone", "adapted")]
     assert rows[0] != rows[1]
