@@ -78,7 +78,7 @@ def settings_in_words(settings: dict) -> list[str]:
 
 
 def headline(column: str, score: dict) -> float:
-    """The metric of Table 4. TruthfulQA's is the mean of mc1 and mc2, a generated one's is its first."""
+    """The metric of Table 4. TruthfulQA's is the mean of mc1 and mc2, IFEval's is its first."""
     if column.partition(",")[0] == "truthfulqa":
         return score["mean"]
     if "acc" in score:
@@ -95,7 +95,7 @@ def columns_of(models: dict[str, dict]) -> list[str]:
 
 
 def benchmarks_table(results: dict) -> str:
-    """A row for each model and each of the paper's: scores, their average over GENERAL, drops against base."""
+    """A row for each model and each of the paper's: scores, their average over GENERAL, and the drops."""
     models = {name: model for name, model in results["models"].items() if "benchmarks" in model}
     columns = columns_of(models) if models else []
     elsewhere = results.get("elsewhere", {})

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import sys
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
 
 
 def test_the_report_of_one_model_holds_no_scores_of_another(tiny, run, tmp_path, monkeypatch, capsys):
-    """The adapter was trained anew in its folder. Its 0-shot and 2-shot scores are of two models."""
+    """First with an adapter, then without: asked in another way, so that the samples have a file each."""
     for file in ("winogrande/validation.jsonl", "hellaswag/validation.jsonl"):
         (tmp_path / "data" / file).parent.mkdir(parents=True)
         write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
@@ -212,10 +213,46 @@ def test_the_report_of_one_model_holds_no_scores_of_another(tiny, run, tmp_path,
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     assert list(results["benchmarks"]) == ["hellaswag", "winogrande"]
 
-    evaluate.main([*argv, "--benchmarks=winogrande", "--apply-chat-template", f"--adapter={run / 'sdft'}"])
+    evaluate.main([*argv, "--benchmarks=winogrande", "--apply-chat-template"])
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     assert list(results["benchmarks"]) == ["winogrande"]
     assert "are of other weights" in capsys.readouterr().err
+
+
+class CommaChecker:
+    """In place of the harness's checkers, an extra that is not installed everywhere: is there no comma?"""
+
+    @staticmethod
+    def process_results(row, responses):
+        followed = ["," not in responses[0]]
+        levels = {"prompt_level_strict_acc": followed[0], "prompt_level_loose_acc": followed[0]}
+        return levels | {"inst_level_strict_acc": followed, "inst_level_loose_acc": followed}
+
+
+def test_ifeval_is_answered_graded_and_compared(run, tmp_path, monkeypatch):
+    rows = [{"key": i, "prompt": f"Write {i} words without a comma.", "instruction_id_list": ["punctuation:no_comma"],
+             "kwargs": [{}]} for i in range(3)]
+    write_jsonl(tmp_path / "data" / "ifeval" / "input_data.jsonl", rows)
+    monkeypatch.setattr(evaluate.ifeval, "COUNT", 3)
+    monkeypatch.setattr(evaluate.ifeval, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(evaluate.ifeval, "load_checkers", lambda data: CommaChecker)
+    evaluate.main([f"--out={run}", "--device=cpu", "--benchmarks=ifeval", f"--data={tmp_path / 'data'}"])
+
+    models = json.loads((run / "results.json").read_text())["models"]
+    share = {}
+    for name in ("base", "sft"):
+        answered = read_jsonl(run / name / "benchmarks" / "ifeval.jsonl")
+        share[name] = statistics.mean("," not in row["response"] for row in answered)
+        assert models[name]["benchmarks"]["scores"]["ifeval"]["prompt_level_strict"] == pytest.approx(share[name])
+    assert models["sft"]["benchmarks"]["drop"]["ifeval"]["drop"] == pytest.approx(share["base"] - share["sft"])
+    assert "| ifeval | 3 | 0 | yes | no | all |" in (run / "report.md").read_text()
+
+
+def test_ifeval_without_its_extra_is_refused_in_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    with pytest.raises(InputError, match=r"pip install 'lm-eval\[ifeval\]"):
+        evaluate.main([f"--out={run}", "--device=cpu", "--benchmarks=ifeval", f"--data={tmp_path / 'data'}"])
+    assert not (run / "base").exists()  # before a response is made
 
 
 def test_a_score_says_how_many_shots_were_shown(tiny, tmp_path, monkeypatch, capsys):
