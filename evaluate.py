@@ -238,7 +238,7 @@ class Measure:
 def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:
     """Each prompt with its response in `path` and that one's tokens, in the order of the file."""
     dialogues = []
-    for row in read_jsonl(path):
+    for row in run_files.read_responses(path):
         if row["id"] in prompts:
             dialogues.append((prompts[row["id"]], row["response"], row.get("tokens")))
     return dialogues

@@ -157,7 +157,7 @@ def elsewhere_cells(others: list[dict | None]) -> list[str]:
     cells = []
     for other in others:
         against = other.get("against_base") if other else None
-        cells.append(percent(other["accuracy"]) if other else "")
+        cells.append(percent(other.get("accuracy")) if other else "")
         if against:
             low, high = against["interval"]
             cells.append(points(-against["difference"], -high, -low))
