@@ -70,11 +70,11 @@ TRAIN_PROMPT = "base (train prompt)"  # the base model's second row
 
 def evaluate_run(evaluation: Evaluation) -> dict:
     """Everything that report.md shows of a run, as one dictionary (results.json)."""
+    check_extras(evaluation)
     run, machine = evaluation.run, evaluation.machine
     config = config_of(evaluation)
     task, (train_rows, validation_rows, test_rows) = task_of(config, machine.data)
     announce_sandbox(task, machine.sandbox)
-    check_extras(evaluation)
     model, tokenizer = load_base_model(config, machine)
     measure = Measure(model, tokenizer, task, test_rows, evaluation)
 
