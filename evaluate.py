@@ -1,8 +1,7 @@
-"""How good is a model at the task, and how far did it drift? Accuracies with intervals, drift, and the report
-of a run.
+"""How good is a model at the task, and how far did it drift? Accuracies, drift, and the report of a run.
 
     python evaluate.py --out RUN                              a run: Tables 1 to 3, Fig. 2, drift
-    python evaluate.py --out RUN --benchmarks mmlu,hellaswag  and Table 4: what fine-tuning forgot
+    python evaluate.py --out RUN --benchmarks mmlu,ifeval     and Table 4: what fine-tuning forgot
     python evaluate.py --out RUN --task musique               its models on another task, into RUN/on_musique
     python evaluate.py --out RUN --test-file F                its models on another test file of one's own
     python evaluate.py --out RUN --show ID                    a training row's way through the three branches
@@ -10,7 +9,7 @@ of a run.
     python evaluate.py --out F --model M --benchmarks mmlu    a model on its own
 
 A run is the folder that s3ft.py wrote. Added to it are, for the base model and every trained one, test.jsonl
-(the answers), test.judged.jsonl (the verdicts) and drift.json; then results.json, report.md and figures/.
+(the answers), test.judged.jsonl (the verdicts) and drift.json. Then come results.json, report.md, figures/.
 What is there already is not made again.
 
 Decided here, the paper being silent:
@@ -19,13 +18,13 @@ Decided here, the paper being silent:
 2. Accuracy comes with Wilson's 95 % interval, a difference to SFT with McNemar's exact test over the same
    test rows.
 3. Drift is the mean of KL(base || tuned) over every token of the base model's own greedy responses, to
-   general prompts (examples/general.jsonl; 32 tokens at most) and to the first 24 test prompts. It needs no
+   general prompts (examples/general.jsonl, 32 tokens at most) and to the first 24 test prompts. It needs no
    benchmark, and tracks forgetting (arXiv 2509.04259).
 4. An unreadable verdict of the LLM judge counts as not accepted, and is counted.
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,6 +44,7 @@ from results.config import Machine
 from results.reading_scores import reading_scores
 from results.report import write_benchmark_report, write_report
 from results.request import (
+    GENERATED,
     Alone,
     Evaluation,
     config_of,
@@ -58,7 +58,8 @@ from support import ranks, sandbox
 from support.cli import InputError, exit_cleanly
 from support.files import digest, locked, read_jsonl, write_json
 from support.stats import wilson
-from tasks import benchmarks, gsm8k, task_of
+from tasks import benchmarks, gsm8k, ifeval, task_of
+from tasks.benchmarks import Scoring
 
 GENERAL_TOKENS = 32  # of a response to a general prompt, at most
 DRIFT_PROMPTS = 24  # test prompts over which drift on the task is measured
@@ -70,6 +71,7 @@ TRAIN_PROMPT = "base (train prompt)"  # the base model's second row
 
 def evaluate_run(evaluation: Evaluation) -> dict:
     """Everything that report.md shows of a run, as one dictionary (results.json)."""
+    check_extras(evaluation)
     run, machine = evaluation.run, evaluation.machine
     config = config_of(evaluation)
     task, (train_rows, validation_rows, test_rows) = task_of(config, machine.data)
@@ -79,7 +81,8 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     measure = Measure(model, tokenizer, task, test_rows, evaluation)
 
     # 1. The base model, before an adapter is in it.
-    results = {"config": config, "machine": machine_of(model), "selection": {}, "log_probabilities": None}
+    results = {"config": config, "machine": machine_of(model)}
+    results |= {"selection": {}, "log_probabilities": None}
     models = results["models"] = {"base": measure.base()}
     if task.train != task.predict:
         models[TRAIN_PROMPT] = measure.answers(task.train, evaluation.folder("base") / "train_prompt")
@@ -117,8 +120,9 @@ def add_earlier_scores(models: dict[str, dict], earlier: dict[str, dict], folder
     """merge_benchmarks, and a line about scores of other weights, which the report loses."""
     left_out = merge_benchmarks(models, earlier)
     if left_out:
-        note(f"{folder / 'results.json'}: its scores of {', '.join(left_out)} are of other weights, or do not "
-             "say of which: they are left out. Name the benchmarks again to have them")
+        names = ", ".join(left_out)
+        note(f"{folder / 'results.json'}: its scores of {names} are of other weights, or do not say of "
+             "which: they are left out. Name the benchmarks again to have them")
 
 
 def load_base_model(config: dict, machine: Machine):
@@ -170,7 +174,7 @@ class Measure:
         self.evaluation = evaluation
         general = read_jsonl(EXAMPLES / "general.jsonl", ("id", "prompt"))
         self.general = {row["id"]: row["prompt"] for row in general}
-        self.base_samples: list[dict] = []  # of the general benchmarks
+        self.base_scored = Scored()  # on the general benchmarks
 
     def base(self) -> dict:
         """The base model's row of the report. Drift needs its responses to the general prompts."""
@@ -178,8 +182,8 @@ class Measure:
         result = self.answers(self.task.predict, folder) | {"weights": fingerprint(self.model)}
         respond(self.model, self.tokenizer, self.general, folder / "general.jsonl", Limits(GENERAL_TOKENS))
         if self.evaluation.benchmarks:
-            scores, self.base_samples = self._score("base")
-            result["benchmarks"] = {"scores": scores}
+            self.base_scored = self._score("base")
+            result["benchmarks"] = {"scores": self.base_scored.scores}
         return result
 
     def trained(self, name: str) -> dict:
@@ -191,15 +195,12 @@ class Measure:
         result["drift"] = kept_drift(self.model, self.tokenizer, dialogues, folder / "drift.json")
         result["training"] = run_files.read_training(evaluation.run / name)
         if evaluation.benchmarks:
-            scores, samples = self._score(name)
-            drop = benchmarks.paired_drop(self.base_samples, samples)
-            result["benchmarks"] = {"scores": scores, "drop": drop}
+            scored = self._score(name)
+            result["benchmarks"] = {"scores": scored.scores} | drops_of(self.base_scored, scored)
         return result
 
     def answers(self, template: str, folder: Path) -> dict:
-        """Accuracy on the test rows under a prompt, with what had to be counted. The answers are kept in
-        `folder`.
-        """
+        """Accuracy on the test rows under a prompt, and what was counted. `folder` keeps the answers."""
         prompts = {x.id: prompt(template, x) for x in self.test}
         limits = Limits(self.task.max_new_tokens, self.task.stop)
         rows = respond(self.model, self.tokenizer, prompts, folder / "test.jsonl", limits)
@@ -229,8 +230,8 @@ class Measure:
             "task": dialogues_of(prompts, folder / "test.jsonl"),
         }
 
-    def _score(self, name: str) -> tuple[dict, list[dict]]:
-        """(scores on the general benchmarks, each document's), the latter kept with the model."""
+    def _score(self, name: str) -> "Scored":
+        """The model on the general benchmarks. Each document's scores are kept with it."""
         evaluation = self.evaluation
         folder = evaluation.run / name / "benchmarks"
         return score_benchmarks(self.model, self.tokenizer, evaluation, folder)
@@ -239,31 +240,73 @@ class Measure:
 def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:
     """Each prompt with its response in `path` and that one's tokens, in the order of the file."""
     dialogues = []
-    for row in read_jsonl(path):
+    for row in run_files.read_responses(path):
         if row["id"] in prompts:
             dialogues.append((prompts[row["id"]], row["response"], row.get("tokens")))
     return dialogues
 
 
 def harness_accuracy(pairs: list[tuple[Example, str]]) -> dict[str, float]:
-    """GSM8K as lm-evaluation-harness reads it, to be set beside published numbers. The paper's rule is
-    `numeric`.
-    """
+    """GSM8K as lm-evaluation-harness reads it, for published numbers. The paper's rule is `numeric`."""
     found = {}
     for name, read in (("strict", gsm8k.gsm8k_strict), ("flexible", gsm8k.gsm8k_flexible)):
-        found[name] = sum(gsm8k.gsm8k_match(read(response), x.answer) for x, response in pairs) / len(pairs)
+        correct = sum(gsm8k.gsm8k_match(read(response), x.answer) for x, response in pairs)
+        found[name] = correct / len(pairs)
     return found
 
 
-def score_benchmarks(model, tokenizer, asked: Evaluation | Alone, folder: Path) -> tuple[dict, list[dict]]:
-    """(scores, each document's) on the general benchmarks, each score with how it was asked for."""
-    scores, samples = {}, []
+# ------------------------------------------------------------------------------ general benchmarks
+
+
+@dataclass
+class Scored:
+    """A model on the general benchmarks."""
+
+    scores: dict[str, dict] = field(default_factory=dict)  # by benchmark, each with how it was asked for
+    samples: list[dict] = field(default_factory=list)  # every document of those that score options
+    grades: list[dict] = field(default_factory=list)  # every prompt of IFEval
+
+
+def score_benchmarks(model, tokenizer, asked: Evaluation | Alone, folder: Path) -> Scored:
+    """Ask a model the general benchmarks. What is in `folder` already is not asked again."""
+    result = Scored()
     for name in asked.benchmarks:
         scoring = scoring_of(asked, name)
-        found, documents = benchmarks.score(model, tokenizer, [name], asked.machine.data, folder, scoring)
-        scores[name] = found[name] | {"settings": asdict(scoring)}
-        samples += documents
-    return scores, samples
+        if name == GENERATED:
+            result.grades = grade_ifeval(model, tokenizer, asked.machine.data, folder, scoring)
+            score = ifeval.summary(result.grades)
+        else:
+            data = asked.machine.data
+            scores, samples = benchmarks.score(model, tokenizer, [name], data, folder, scoring)
+            score = scores[name]
+            result.samples += samples
+        result.scores[name] = score | {"settings": asdict(scoring)}
+    return result
+
+
+def grade_ifeval(model, tokenizer, data: str, folder: Path, scoring: Scoring) -> list[dict]:
+    """IFEval's grades, from responses that `folder` keeps in ifeval.jsonl."""
+    checkers = ifeval.load_checkers(Path(data))
+    rows = ifeval.rows(Path(data), scoring.limit, scoring.sampled)
+    prompts = {str(row["key"]): row["prompt"] for row in rows}
+    limits = Limits(ifeval.MAX_NEW_TOKENS)
+    responses = respond(model, tokenizer, prompts, folder / "ifeval.jsonl", limits)
+    return [ifeval.grade(checkers, row, responses[str(row["key"])]["response"]) for row in rows]
+
+
+def drops_of(base: Scored, tuned: Scored) -> dict[str, dict]:
+    """By how much the trained model falls below the base model on each benchmark, paired by document."""
+    drop = benchmarks.paired_drop(base.samples, tuned.samples)
+    if tuned.grades:
+        drop[GENERATED] = ifeval.paired_drop(base.grades, tuned.grades)[ifeval.HEADLINE]
+    return {"drop": drop, "drop_log_p": benchmarks.paired_drop(base.samples, tuned.samples, metric="log_p")}
+
+
+def check_extras(asked: Evaluation | Alone) -> None:
+    """InputError: a package that a benchmark needs is not installed. It is said before hours are spent."""
+    if GENERATED in asked.benchmarks:
+        with ranks.rank_0_first():  # which downloads what is missing
+            ifeval.load_checkers(Path(asked.machine.data))
 
 
 # ------------------------------------------------------------------------------ drift
@@ -317,16 +360,17 @@ def audit_run(evaluation: Evaluation) -> str:
 
 def score_model(alone: Alone) -> str:
     """Score a model that belongs to no run -> the text of its report."""
+    check_extras(alone)
     model, tokenizer = load_model(
         alone.model,
         alone.machine.device,
         alone.dtype,
         alone.machine.trust_remote_code,
-        chat=alone.scoring.apply_chat_template,
+        chat=alone.scoring.apply_chat_template or GENERATED in alone.benchmarks,
     )
     if alone.adapter:
         load_adapter(model, alone.adapter)
-    scores, _ = score_benchmarks(model, tokenizer, alone, alone.out)
+    scores = score_benchmarks(model, tokenizer, alone, alone.out).scores
 
     weights = fingerprint(model)
     models = {alone.model: {"weights": weights, "benchmarks": {"scores": scores}}}

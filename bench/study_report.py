@@ -5,7 +5,8 @@ from pathlib import Path
 from statistics import mean
 
 from results.paper import PAPER_ACCURACY, PAPER_BENCHMARKS, PAPER_SOURCES
-from results.report import SOURCES, log_probability_section, markdown_table
+from results.report import log_probability_section, markdown_table
+from results.run_files import BRANCHES
 from tasks.benchmarks import BENCHMARKS, paired_interval
 
 ARTICLES = 36  # the first of XQuAD's 48
@@ -238,7 +239,7 @@ def sources_table(methods: dict) -> str:
         counts = models[0]["training"]["sources"]
         total = sum(counts.values())
         row = [name, str(total)]
-        for source in SOURCES:
+        for source in BRANCHES:
             row.append(f"{100 * counts[source] / total:.1f}")
         rows.append(row)
     for task, shares in PAPER_SOURCES.items():

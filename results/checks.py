@@ -108,6 +108,13 @@ def check_config(found, where: str) -> None:
         for value in found.get(field) or ():
             if not isinstance(value, str):
                 raise InputError(f"{where}: the field {field!r} must be a list of texts, not {shown(value)}")
+    for field in ("limit", "max_new_tokens"):
+        value = found.get(field)
+        if value is not None and value < 1:
+            raise InputError(f"{where}: the field {field!r} must be at least 1 or null, not {value}")
+    if found.get("dtype", "float32") not in ("float32", "bfloat16"):
+        raise InputError(
+            f"{where}: the field 'dtype' must be float32 or bfloat16, not {shown(found['dtype'])}")
     custom = found.get("task") == "custom"
     if custom and len(found.get("files") or ()) != 3:
         raise InputError(f"{where}: the field 'files' must name the custom task's three files: train, "

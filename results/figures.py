@@ -1,4 +1,4 @@
-"""Figures, as SVG, all with one look. matplotlib (the extra `plots`) draws them; without it there are none.
+"""Figures, as SVG, all with one look. matplotlib (the extra `plots`) draws them. Without it there are none.
 
 Colours are of Okabe and Ito's palette, which colour-blind people can tell apart. The background is
 transparent and all text is a middle grey, so that a figure is legible on light and dark pages.
@@ -35,9 +35,7 @@ LOOK = {
 
 @contextlib.contextmanager
 def drawing(path: Path):
-    """pyplot in our look, None where matplotlib is not installed. The figure that is drawn is saved as
-    `path`.
-    """
+    """pyplot in our look, None where matplotlib is not installed. `path` is where the figure is saved."""
     try:
         import matplotlib
     except ImportError:
@@ -225,9 +223,7 @@ def smoothed(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
 
 
 def draw_validation(axes, found: list[tuple[int, float]], n: int, colour: str, place: int) -> None:
-    """Accuracy with Wilson's interval at each validation. Methods stand a little apart, so that none hides
-    another.
-    """
+    """Accuracy with Wilson's interval at each validation. Methods stand apart, so that none hides another."""
     apart = place * 0.012 * found[-1][0]
     steps = [step + apart for step, _ in found]
     values = [100 * accuracy for _, accuracy in found]

@@ -25,6 +25,16 @@ def points(center: float, low: float | None, high: float | None) -> str:
     return f"{100 * center:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
+def nats(value: float | None, interval: list | None = None) -> str:
+    """A log-probability, or a difference of two with its interval. "" where there is none."""
+    if value is None:
+        return ""
+    if interval is None or None in interval:
+        return f"{value:.3f}"
+    low, high = interval
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
 def paper_row(table: dict, results: dict):
     """The paper's row for a run's task. None: it has none, as for models trained on another task."""
     if "trained_on" in results["config"]:

@@ -1,5 +1,4 @@
-"""results.json -> report.md and figures/: the paper's tables, its Table 1 and Fig. 2, ours beside the
-paper's.
+"""results.json -> report.md and figures/: the paper's tables and Fig. 2, ours beside the paper's.
 
 Nothing is measured here: a report holds what is in results.json, and shares and means of it. The learning
 curves are drawn from the log of each method.
@@ -11,12 +10,10 @@ from statistics import mean
 from results import tables
 from results.figures import draw_curves, draw_log_probabilities, draw_sources
 from results.markdown import markdown_table
-from results.run_files import BRANCHES, KINDS
+from results.run_files import KINDS
 from results.table_4 import benchmarks_section, scores_table, settings_table
 from results.training_texts import describe
 from support.files import write_text
-
-SOURCES = BRANCHES
 
 
 def write_report(results: dict, run: Path) -> str:
@@ -47,16 +44,21 @@ def write_benchmark_report(model: str, scores: dict, folder: Path) -> str:
 
 
 def heading(results: dict) -> list[str]:
-    config, machine = results["config"], results["machine"]
+    """Which task and model, and where, when and on how many rows it was measured."""
+    config = results["config"]
+    machine = results["machine"]
     trained_on = f" (trained on {config['trained_on']})" if "trained_on" in config else ""
     limit = f", first {config['limit']} rows of every split" if config["limit"] else ""
-    n = results["models"]["base"]["n"]
-    return [
-        f"# {config['task']}{trained_on}: {config['model']}",
-        f"{machine['date']}, {machine['device']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, peak memory of the evaluation {machine['peak_memory_gib']} "
-        f"GiB; {n} test rows{limit}, judge: {config['judge'] or 'the task’s own'}.",
+    facts = [
+        machine["date"],
+        machine["device"],
+        f"torch {machine['torch']}",
+        f"transformers {machine['transformers']}",
+        f"peak memory of the evaluation {machine['peak_memory_gib']} GiB",
+        f"{results['models']['base']['n']} test rows{limit}",
+        f"judge: {config['judge'] or 'the task’s own'}",
     ]
+    return [f"# {config['task']}{trained_on}: {config['model']}", ", ".join(facts) + "."]
 
 
 def accuracy_section(results: dict) -> list[str]:
@@ -89,18 +91,24 @@ def sources_section(results: dict, run: Path) -> list[str]:
     if draw_sources(results, run / "figures" / "sources.svg"):
         parts.append("![sources of the training targets](figures/sources.svg)")
     for kind, found in results["selection"].items():
-        unused = results["unused"][kind]
-        text = (f"Of {found['n']} {kind}, {found['length_limit_hit']} were cut off by the length limit "
-                f"(the judge accepts {unused['cut_off']} of these, which are not used) and "
-                f"{found['unreadable_verdicts']} had an unreadable verdict, counted as not accepted.")
-        if "marks_another_number" in unused:
-            marked = unused["marks_another_number"]
-            text += (f" {marked} mark their answer (\\boxed, ####, \"the answer is\") "
-                     "and end in another number, which is what the judge reads.")
-        parts.append(text)
+        parts.append(selection_lines(kind, found, results["unused"][kind]))
     for name, note in results["notes"].items():
         parts.append(f"{name}: {note}")
     return parts
+
+
+def selection_lines(kind: str, found: dict, unused: dict) -> str:
+    """What of the predictions, or of the paraphrases, was not used, and why."""
+    lines = [
+        f"Of {found['n']} {kind}, the length limit cut off {found['length_limit_hit']}.",
+        f"The judge accepts {unused['cut_off']} of these, which are not used.",
+        f"Unreadable verdicts, counted as not accepted: {found['unreadable_verdicts']}.",
+    ]
+    if "marks_another_number" in unused:
+        lines.append(
+            f"Marked with \\boxed, #### or \"the answer is\", but ending in another number, which the judge "
+            f"reads: {unused['marks_another_number']}.")
+    return " ".join(lines)
 
 
 def training_section(results: dict, run: Path) -> list[str]:

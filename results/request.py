@@ -15,6 +15,8 @@ from tasks import CUSTOM_FLAGS
 from tasks.benchmarks import BENCHMARKS, ZERO_SHOT, Scoring
 
 SHOWS_SHOTS = "mmlu"  # the benchmark whose questions can stand below solved ones
+GENERATED = "ifeval"  # the benchmark whose prompts are answered, as a user turn
+NAMES = (*BENCHMARKS, GENERATED)
 OF_THE_OWN_TASK = ("files", "contents", "judge", "max_new_tokens", *CUSTOM_FLAGS)  # settings of a run
 
 
@@ -68,9 +70,11 @@ class Alone:
 
 
 def scoring_of(asked: Evaluation | Alone, name: str) -> Scoring:
-    """How a benchmark is asked: --num-fewshot is heeded by MMLU alone."""
+    """How a benchmark is asked: MMLU alone heeds --num-fewshot, and IFEval always has the chat template."""
     if name == SHOWS_SHOTS:
         return asked.scoring
+    if name == GENERATED:
+        return replace(asked.scoring, num_fewshot=0, apply_chat_template=True, add_bos=False)
     return replace(asked.scoring, num_fewshot=0)
 
 
@@ -123,7 +127,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--show", metavar="ID", help="show a training row's way through the three branches")
     general = parser.add_argument_group("general benchmarks (Table 4), as lm-evaluation-harness scores them")
     general.add_argument("--benchmarks", type=benchmark_names, metavar="LIST",
-                         help=f"of {','.join(BENCHMARKS)}")
+                         help=f"of {','.join(NAMES)}")
     general.add_argument("--model", help="score this model; --out is then a folder of its own, not a run's")
     general.add_argument("--adapter", type=Path, metavar="FOLDER",
                          help="with --model: an adapter in PEFT's format")
@@ -150,8 +154,8 @@ def benchmark_names(text: str) -> list[str]:
     """argparse type: names of general benchmarks, each once."""
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
-        if name not in BENCHMARKS:
-            choices = ", ".join(BENCHMARKS)
+        if name not in NAMES:
+            choices = ", ".join(NAMES)
             raise argparse.ArgumentTypeError(f"unknown benchmark {name!r}: choose from {choices}")
     return names
 

@@ -112,7 +112,7 @@ def selection_faults(run: Path) -> dict[str, dict[str, int]]:
 
 
 def unused_answers(run: Path, keep_unfinished: bool, numeric: bool) -> dict[str, dict[str, int]]:
-    """Responses that would count but for one thing.
+    """Responses that one thing alone keeps from being used.
 
     cut_off: the judge accepts it, and the length limit cut it off. marks_another_number (numeric judge): it
     marks its answer, as with \\boxed, and ends with another number, which the judge reads.

@@ -1,5 +1,4 @@
-"""Table 4: what fine-tuning made the model forget, over as many calls of `evaluate.py --benchmarks` as it
-took.
+"""Table 4: what fine-tuning made the model forget, over every call of `evaluate.py --benchmarks`.
 
 A run's results.json keeps, for each model, a digest of its "weights" and its "benchmarks":
 {"scores": {column: score}, "drop": {column: drop}, "drop_log_p": {column: drop}}. A score has its metrics, n
@@ -11,7 +10,7 @@ import math
 from statistics import mean
 
 from results.checks import metrics_of
-from results.markdown import markdown_table, paper_row, percent, points
+from results.markdown import markdown_table, nats, paper_row, percent, points
 from results.paper import GENERAL, PAPER_BENCHMARKS, paper_drop
 
 DROPS = ("drop", "drop_log_p")  # of the headline metric, and of log p of the right option
@@ -79,9 +78,7 @@ def settings_in_words(settings: dict) -> list[str]:
 
 
 def headline(column: str, score: dict) -> float:
-    """The metric of Table 4. TruthfulQA's is the mean of mc1 and mc2, and a generated benchmark's is its
-    first.
-    """
+    """The metric of Table 4. TruthfulQA's is the mean of mc1 and mc2, IFEval's is its first."""
     if column.partition(",")[0] == "truthfulqa":
         return score["mean"]
     if "acc" in score:
@@ -98,9 +95,7 @@ def columns_of(models: dict[str, dict]) -> list[str]:
 
 
 def benchmarks_table(results: dict) -> str:
-    """A row for each model and each of the paper's: scores, their average over GENERAL, and the drops against
-    base.
-    """
+    """A row for each model and each of the paper's: scores, their average over GENERAL, and the drops."""
     models = {name: model for name, model in results["models"].items() if "benchmarks" in model}
     columns = columns_of(models) if models else []
     elsewhere = results.get("elsewhere", {})
@@ -142,8 +137,9 @@ def score_cells(measured: dict, columns: list[str], averaged: list[str]) -> list
 
 
 def mean_drop(drops: list[dict]) -> tuple[float, float | None, float | None]:
-    """(mean of several benchmarks' drops, its 95 % interval). Their documents are independent: the variances
-    add up.
+    """(mean of several benchmarks' drops, its 95 % interval).
+
+    The documents of two benchmarks are independent, so the variances add up.
     """
     center = mean(drop["drop"] for drop in drops)
     squares = 0.0
@@ -157,13 +153,11 @@ def mean_drop(drops: list[dict]) -> tuple[float, float | None, float | None]:
 
 
 def elsewhere_cells(others: list[dict | None]) -> list[str]:
-    """Accuracy on another task that the models were not trained on, and how far it fell below the base
-    model's.
-    """
+    """Accuracy on each task that the models were not trained on, and its drop against the base model."""
     cells = []
     for other in others:
         against = other.get("against_base") if other else None
-        cells.append(percent(other["accuracy"]) if other else "")
+        cells.append(percent(other.get("accuracy")) if other else "")
         if against:
             low, high = against["interval"]
             cells.append(points(-against["difference"], -high, -low))
@@ -173,9 +167,7 @@ def elsewhere_cells(others: list[dict | None]) -> list[str]:
 
 
 def paper_cells(task: str, method: str, values: tuple, columns: list[str]) -> list[str]:
-    """The paper's scores. Its average and drop are those it prints, and stand only beside all four
-    benchmarks.
-    """
+    """The paper's scores. Its average and drop are as printed, and stand only beside all four benchmarks."""
     by_name = dict(zip(GENERAL, values, strict=False))
     cells = [str(by_name.get(column, "")) for column in columns]
     if not all(name in columns for name in GENERAL):
@@ -207,13 +199,39 @@ def settings_table(models: dict[str, dict]) -> str:
 
 
 def scores_table(scores: dict) -> str:
-    """Every metric of every benchmark with its standard error."""
+    """Every metric of every benchmark with its unit and standard error."""
     rows = []
     for column, score in scores.items():
         for metric in metrics_of(score):
-            error = percent(score.get(f"{metric}_stderr"))
-            rows.append([column, metric, percent(score[metric]), error, str(score["n"])])
-    return markdown_table(["benchmark", "metric", "%", "standard error", "n"], rows)
+            in_nats = metric.startswith("log_p")
+            write = nats if in_nats else percent
+            value = write(score[metric])
+            error = write(score.get(f"{metric}_stderr"))
+            rows.append([column, metric, value, "nats" if in_nats else "%", error, str(score["n"])])
+    return markdown_table(["benchmark", "metric", "value", "unit", "standard error", "n"], rows)
+
+
+def log_p_table(models: dict[str, dict]) -> str:
+    """log p of the right option of every model, and its drop against base. "" where no score has it."""
+    columns = []
+    for column in columns_of(models):
+        if any("log_p" in model["benchmarks"]["scores"].get(column, {}) for model in models.values()):
+            columns.append(column)
+    if not columns:
+        return ""
+
+    header, rows = ["method"], []
+    for column in columns:
+        header += [f"{column}: log p, nats", "drop, nats (95 % interval)"]
+    for name, model in models.items():
+        measured = model["benchmarks"]
+        cells = []
+        for column in columns:
+            drop = measured.get("drop_log_p", {}).get(column)
+            cells.append(nats(measured["scores"].get(column, {}).get("log_p")))
+            cells.append(nats(drop["drop"], drop["interval"]) if drop else "")
+        rows.append([name, *cells])
+    return markdown_table(header, rows)
 
 
 def benchmarks_section(results: dict) -> list[str]:
@@ -233,6 +251,14 @@ def benchmarks_section(results: dict) -> list[str]:
         "Drops: against the base model, on the same documents, intervals of paired differences. Average and "
         "mean drop are over the paper's four benchmarks, or those of them that are there. The paper's "
         "average and drop are those it prints.")
+    log_p = log_p_table(models)
+    if log_p:
+        parts.append(log_p)
+        parts.append(
+            "log p: of the right option among the options, a softmax over their log-likelihoods. Accuracy "
+            "only sees which option comes first. log p moves with every change of the model, so fewer "
+            "documents tell two models apart. A drop above 0: the model is less sure of the right option "
+            "than base.")
     if models:
         parts.append(settings_table(models))
     return parts

@@ -1,5 +1,4 @@
-"""The paper's Tables 2 and 3 and their relatives, of one run's results.json; and several runs in the paper's
-Tables 2 to 4.
+"""The paper's Tables 2 and 3 of one run's results.json, and several runs in the paper's Tables 2 to 4.
 
     python -m results.tables runs/gsm8k runs/mbpp runs/nq --out tables.md
 """

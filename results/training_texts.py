@@ -74,9 +74,7 @@ class TrainingTexts:
         return found
 
     def example(self, id: str, score) -> dict:
-        """A row's way through the three branches. InputError: no training row has the id, or no response was
-        made.
-        """
+        """A row's way through the three branches. InputError: an unknown id, or no response was made."""
         if id not in self.rows:
             raise InputError(f"--show {id}: no training row has this id; {next(iter(self.rows))} is one")
         y_hat = self.answers["predictions"].get(id)

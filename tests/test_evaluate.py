@@ -2,6 +2,8 @@
 
 import json
 import math
+import statistics
+import sys
 
 import pytest
 import torch
@@ -168,7 +170,19 @@ def test_a_report_with_general_benchmarks_shows_the_drop(run, tmp_path, monkeypa
     for name in ("winogrande", "hellaswag"):
         accuracy = [models[who]["benchmarks"]["scores"][name]["acc"] for who in ("base", "sft")]
         assert models["sft"]["benchmarks"]["drop"][name]["drop"] == pytest.approx(accuracy[0] - accuracy[1])
-    assert "| method | winogrande | hellaswag | average |" in (run / "report.md").read_text()
+    report = (run / "report.md").read_text()
+    assert "| method | winogrande | hellaswag | average |" in report
+
+    log_p = {}
+    for who in ("base", "sft"):
+        rows = read_jsonl(run / who / "benchmarks" / "samples.jsonl")
+        log_p[who] = [row["metrics"]["log_p"] for row in rows if row["benchmark"] == "hellaswag"]
+    differences = [before - after for before, after in zip(log_p["base"], log_p["sft"], strict=True)]
+    drop = models["sft"]["benchmarks"]["drop_log_p"]["hellaswag"]
+    half = 1.959964 * statistics.stdev(differences) / math.sqrt(3)
+    assert drop["drop"] == pytest.approx(statistics.mean(differences))
+    assert drop["interval"][1] - drop["drop"] == pytest.approx(half)
+    assert f"{statistics.mean(log_p['base']):.3f} |  |" in report and f"| {drop['drop']:.3f} (" in report
 
 
 def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
@@ -179,14 +193,16 @@ def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
     argv = [f"--model={tiny}", "--benchmarks=winogrande", f"--data={tmp_path / 'data'}", "--device=cpu", "--limit=2"]
     evaluate.main([*argv, f"--out={tmp_path / 'alone'}"])
     assert json.loads((tmp_path / "alone" / "results.json").read_text())["benchmarks"]["winogrande"]["n"] == 2
-    assert "| winogrande | acc |" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    (log_p,) = [line.split(" | ") for line in report.splitlines() if line.startswith("| winogrande | log_p |")]
+    assert "| winogrande | acc |" in report and log_p[3] == "nats" and -3 < float(log_p[2]) < 0
     evaluate.main([*argv, f"--out={tmp_path / 'adapted'}", f"--adapter={run / 'sft'}"])
     rows = [read_jsonl(tmp_path / name / "samples.jsonl")[0]["log_likelihoods"] for name in ("alone", "adapted")]
     assert rows[0] != rows[1]
 
 
 def test_the_report_of_one_model_holds_no_scores_of_another(tiny, run, tmp_path, monkeypatch, capsys):
-    """The adapter was trained anew in its folder. Its 0-shot and 2-shot scores are of two models."""
+    """First with an adapter, then without: asked in another way, so that the samples have a file each."""
     for file in ("winogrande/validation.jsonl", "hellaswag/validation.jsonl"):
         (tmp_path / "data" / file).parent.mkdir(parents=True)
         write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
@@ -197,10 +213,46 @@ def test_the_report_of_one_model_holds_no_scores_of_another(tiny, run, tmp_path,
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     assert list(results["benchmarks"]) == ["hellaswag", "winogrande"]
 
-    evaluate.main([*argv, "--benchmarks=winogrande", "--apply-chat-template", f"--adapter={run / 'sdft'}"])
+    evaluate.main([*argv, "--benchmarks=winogrande", "--apply-chat-template"])
     results = json.loads((tmp_path / "alone" / "results.json").read_text())
     assert list(results["benchmarks"]) == ["winogrande"]
     assert "are of other weights" in capsys.readouterr().err
+
+
+class CommaChecker:
+    """In place of the harness's checkers, an extra that is not installed everywhere: is there no comma?"""
+
+    @staticmethod
+    def process_results(row, responses):
+        followed = ["," not in responses[0]]
+        levels = {"prompt_level_strict_acc": followed[0], "prompt_level_loose_acc": followed[0]}
+        return levels | {"inst_level_strict_acc": followed, "inst_level_loose_acc": followed}
+
+
+def test_ifeval_is_answered_graded_and_compared(run, tmp_path, monkeypatch):
+    rows = [{"key": i, "prompt": f"Write {i} words without a comma.", "instruction_id_list": ["punctuation:no_comma"],
+             "kwargs": [{}]} for i in range(3)]
+    write_jsonl(tmp_path / "data" / "ifeval" / "input_data.jsonl", rows)
+    monkeypatch.setattr(evaluate.ifeval, "COUNT", 3)
+    monkeypatch.setattr(evaluate.ifeval, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(evaluate.ifeval, "load_checkers", lambda data: CommaChecker)
+    evaluate.main([f"--out={run}", "--device=cpu", "--benchmarks=ifeval", f"--data={tmp_path / 'data'}"])
+
+    models = json.loads((run / "results.json").read_text())["models"]
+    share = {}
+    for name in ("base", "sft"):
+        answered = read_jsonl(run / name / "benchmarks" / "ifeval.jsonl")
+        share[name] = statistics.mean("," not in row["response"] for row in answered)
+        assert models[name]["benchmarks"]["scores"]["ifeval"]["prompt_level_strict"] == pytest.approx(share[name])
+    assert models["sft"]["benchmarks"]["drop"]["ifeval"]["drop"] == pytest.approx(share["base"] - share["sft"])
+    assert "| ifeval | 3 | 0 | yes | no | all |" in (run / "report.md").read_text()
+
+
+def test_ifeval_without_its_extra_is_refused_in_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    with pytest.raises(InputError, match=r"pip install 'lm-eval\[ifeval\]"):
+        evaluate.main([f"--out={run}", "--device=cpu", "--benchmarks=ifeval", f"--data={tmp_path / 'data'}"])
+    assert not (run / "base").exists()  # before a response is made
 
 
 def test_a_score_says_how_many_shots_were_shown(tiny, tmp_path, monkeypatch, capsys):

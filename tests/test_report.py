@@ -319,6 +319,8 @@ def test_a_bad_field_of_training_json_is_named(bare_run, change, message):
     ({"files": 3}, "'files' must be a list or null, found 3"),
     ({"limit": "8"}, "'limit' must be a whole number or null, found \"8\""),
     ({"task": None}, "'task' must be text, found null"),
+    ({"limit": 0}, "'limit' must be at least 1 or null, not 0"),
+    ({"dtype": "float99"}, "'dtype' must be float32 or bfloat16"),
 ])
 def test_a_bad_field_of_config_json_is_named(bare_run, change, message):
     write_json(bare_run / "config.json", {"task": "gsm8k", "model": "M"} | change)
