@@ -119,12 +119,11 @@ def draw_mirrored(axes, kind: str, responses: list[float], golds: list[float]) -
         height = sign * 1.2 * tallest
         axes.errorbar(center, height, xerr=half, fmt="o", markersize=4, capsize=3, color=KIND_COLOUR[source])
         label = f"{KIND_LABEL[source]}, mean {center:.2f}"
-        at_right = center < (lowest + highest) / 2
-        offset = half + width if at_right else -half - width
-        side = "left" if at_right else "right"
-        axes.text(center + offset, height, label, va="center", ha=side, color=KIND_COLOUR[source])
+        middle_of_panel = axes.get_yaxis_transform()  # the interval may be as wide as the panel
+        place = {"ha": "center", "va": "center", "transform": middle_of_panel}
+        axes.text(0.5, sign * 1.5 * tallest, label, color=KIND_COLOUR[source], **place)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_ylim(-1.4 * tallest, 1.4 * tallest)
+    axes.set_ylim(-1.7 * tallest, 1.7 * tallest)
     axes.set_ylabel("rows")
     axes.yaxis.set_major_locator(_whole_numbers())
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
@@ -204,9 +203,14 @@ def draw_curves(run: Path, names: list[str], validation_rows: int) -> bool:
                 draw_validation(right, found, validation_rows, colour, i)
                 ends[right].append((name, found[-1][0], 100 * found[-1][1], colour))
         for axes, marks in ends.items():
-            label_ends(axes, marks)
+            if marks:
+                last_step = max(step for _, step, _, _ in marks)
+                axes.set_xlim(0, 1.1 * last_step)
+                label_ends(axes, marks)
         left.set(xlabel="step", ylabel="training loss, nats a token")
         right.set(xlabel="step", ylabel="validation accuracy, %")
+        for axes in ends:
+            axes.xaxis.set_major_locator(_whole_numbers())
         figure.tight_layout(w_pad=6)
     return True
 

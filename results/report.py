@@ -99,11 +99,10 @@ def sources_section(results: dict, run: Path) -> list[str]:
 
 def selection_lines(kind: str, found: dict, unused: dict) -> str:
     """What of the predictions, or of the paraphrases, was not used, and why."""
-    lines = [
-        f"Of {found['n']} {kind}, the length limit cut off {found['length_limit_hit']}.",
-        f"The judge accepts {unused['cut_off']} of these, which are not used.",
-        f"Unreadable verdicts, counted as not accepted: {found['unreadable_verdicts']}.",
-    ]
+    lines = [f"Of {found['n']} {kind}, the length limit cut off {found['length_limit_hit'] or 'none'}."]
+    if found["length_limit_hit"]:
+        lines.append(f"The judge accepts {unused['cut_off']} of these, which are not used.")
+    lines.append(f"Unreadable verdicts, counted as not accepted: {found['unreadable_verdicts']}.")
     if "marks_another_number" in unused:
         lines.append(
             f"Marked with \\boxed, #### or \"the answer is\", but ending in another number, which the judge "

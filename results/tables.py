@@ -45,11 +45,16 @@ def accuracy_row(name: str, model: dict, paper: dict) -> list[str]:
         percent(model["accuracy"]),
         f"{percent(low)} to {percent(high)}",
         f"{100 * versus['difference']:+.1f} (p = {versus['p']:.2g})" if versus else "",
-        f"{drift['general']:.4f}" if drift else "0.0000",
-        f"{drift['task']:.4f}" if drift else "0.0000",
+        drift_text(drift["general"]) if drift else "0",
+        drift_text(drift["task"]) if drift else "0",
         "" if minutes is None else f"{minutes:.1f}",
         shown(paper.get(training.get("method", name))),
     ]
+
+
+def drift_text(value: float) -> str:
+    """Nats with four decimals. What a short training moves is less than they show, and is not nothing."""
+    return "below 0.0001" if 0 < value < 0.0001 else f"{value:.4f}"
 
 
 def sources_table(results: dict) -> str:

@@ -157,6 +157,11 @@ def test_broken_costs_do_not_stop_an_evaluation(tmp_path, capsys):
     assert "costs.jsonl, line 1: not valid JSON" in capsys.readouterr().err
 
 
+def test_a_drift_that_four_decimals_do_not_show_is_not_called_zero():
+    assert [tables.drift_text(value) for value in (0, 4e-5, 1e-4, 0.25)] == [
+        "0.0000", "below 0.0001", "0.0001", "0.2500"]
+
+
 def test_json_has_no_infinity():
     value = finite({"a": [float("inf"), 1.5], "b": (float("nan"), None, "x")})
     assert json.loads(json.dumps(value, allow_nan=False)) == {"a": [None, 1.5], "b": [None, None, "x"]}
