@@ -257,3 +257,17 @@ def test_the_fallback_takes_as_many_rows_as_the_budget_holds():
     assert rows_in_memory(model, 100, memory_gib=5.5 * 100 * token / 2**30) == 5
     assert rows_in_memory(model, 100, memory_gib=1e-9) == 1
     assert rows_in_memory(model, 100, memory_gib=None) == 32  # on the CPU a larger batch gains nothing
+
+
+def test_a_trial_that_has_no_memory_is_made_with_a_shorter_row():
+    model = build(LlamaConfig(**SHAPE))
+    tried, forward = [], model.forward
+
+    def small_device(input_ids=None, **kwargs):
+        tried.append(input_ids.shape[1])
+        if input_ids.shape[1] > 40:
+            raise torch.OutOfMemoryError("simulated")
+        return forward(input_ids=input_ids, **kwargs)
+
+    model.forward = small_device
+    assert why_no_slots(model, 60) == "" and max(tried) > 40
