@@ -48,7 +48,6 @@ from answers import Limits, judge_answers, respond
 from data import Example, fill, prompt
 from engine.model import load_model
 from examples.ifd import ScoredPair, Scores, as_instruction, score, score_all, score_command
-from results.config import read_comparison
 from support.cli import InputError, exit_cleanly, one_line_error, positive_float, positive_int
 from support.files import read_json, resume_jsonl, write_json, write_jsonl, write_text
 
@@ -333,14 +332,15 @@ class Teacher:
         student, settings = self.base.model, self.settings
         dtype = str(student.dtype).removeprefix("torch.")
         try:
-            shared = read_comparison(self.base.run)
+            path = self.base.run / "config.json"
+            shared = read_json(path) if path.exists() else {}
             return load_model(
                 settings.teacher,
                 str(student.device),
                 dtype,
                 settings.trust_remote_code,
-                chat_template_kwargs=shared.chat_template_kwargs,
-                date=shared.date,
+                chat_template_kwargs=shared.get("chat_template_kwargs"),
+                date=shared.get("date"),
             )
         except InputError as error:
             raise InputError(str(error).replace("--model", "--teacher", 1)) from None

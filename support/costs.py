@@ -14,12 +14,12 @@ class CostMeter:
     """
 
     def __init__(self, path: Path):
-        name = f"costs.rank{ranks.RANK}.jsonl" if ranks.RANK else "costs.jsonl"
-        self.file = path.parent / name
+        self.file = path.parent / "costs.jsonl"
         self.stage = path.stem
 
     def __enter__(self):
-        resume_jsonl(self.file)  # cuts what a killed run left torn
+        if ranks.RANK == 0:
+            resume_jsonl(self.file)  # cuts what a killed run left torn
         self._start()
         return self
 

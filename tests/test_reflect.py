@@ -316,7 +316,7 @@ def test_another_teacher_writes_and_the_student_scores(loaded, tiny, tmp_path, m
 
 def test_a_teacher_with_code_of_its_own_is_trusted_as_the_model_is(loaded, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(reflect, "load_model", lambda *args: asked.append(args))
+    monkeypatch.setattr(reflect, "load_model", lambda *args, **template: asked.append(args))
     for trusted in (False, True):
         reflect.Teacher(Base(*loaded, tmp_path), Settings("T", trusted)).load()
     assert asked == [("T", "cpu", "float32", False), ("T", "cpu", "float32", True)]
