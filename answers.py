@@ -310,7 +310,7 @@ def judge_digest(model, name: str) -> str:
             return digest(judges.LLM_JUDGE, fingerprint(model))
     module = inspect.getmodule(judges.JUDGES[name])
     sources = [inspect.getsource(part) for part in (module, numerals, sandbox)]
-    return digest(name, sources)
+    return digest(name, sources, sandbox.numpy_parent != "")
 
 
 def selection_digest(model, task: Task, method, keep_unfinished: bool) -> str:

@@ -76,7 +76,7 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     config = config_of(evaluation)
     task, (train_rows, validation_rows, test_rows) = task_of(config, machine.data)
     if task.judge == "code":
-        sandbox.announce(machine.sandbox)
+        sandbox.announce(machine.sandbox, config["numpy"])
     model, tokenizer = load_base_model(config, machine)
     measure = Measure(model, tokenizer, task, test_rows, evaluation)
 

@@ -33,7 +33,7 @@ from engine.peft_check import check_saved
 from judges import JUDGES
 from results import config, preview
 from results.config import Comparison, Job, Machine
-from support import cli, ranks, sandbox
+from support import cli, ranks
 from support.cli import InputError
 from support.files import file_digests, locked, read_jsonl, write_json, write_jsonl
 from tasks import TASKS
@@ -132,8 +132,6 @@ def load(job: Job):
     """(task, splits, model, tokenizer), with LoRA in the model. Only a job that can work marks the folder."""
     shared, machine = job.shared, job.machine
     task, splits, tokenizer, rehearsal = preview.rehearse(METHODS[job.method], job)
-    if task.judge == "code":
-        sandbox.announce(machine.sandbox)
     for line in (*preview.plan(task, splits, rehearsal, job), *preview.warnings(task, splits)):
         print(line, flush=True)
 
@@ -204,6 +202,7 @@ def parse(argv=None):
     add("--max-new-tokens", type=cli.positive_int, help="length limit of a response (default: the task's)")
     add("--keep-unfinished", action="store_true", help="judge cut-off responses like any other")
     add("--chat-template-kwargs", type=cli.json_object, help="as '{\"enable_thinking\": false}'")
+    add("--numpy", action="store_true", help="code judge: programs may import numpy")
     add("--sandbox", choices=("best", "strict"), default="best", help="strict: every layer or no code is run")
     add = parser.add_argument_group("LoRA (section 3)").add_argument
     add("--rank", type=cli.positive_int, default=8, help="r (%(default)s)")
@@ -256,8 +255,8 @@ def job_of(args) -> Job:
     shared = Comparison(
         args.task, config.plain_name(args.model), dtype, args.judge, args.limit, args.max_new_tokens,
         files=files if all(files) else None, contents=file_digests(brought) or None,
-        keep_unfinished=args.keep_unfinished, chat_template_kwargs=args.chat_template_kwargs,
-        date=time.strftime("%Y-%m-%d"), **custom)
+        numpy=args.numpy, keep_unfinished=args.keep_unfinished,
+        chat_template_kwargs=args.chat_template_kwargs, date=time.strftime("%Y-%m-%d"), **custom)
     adapter = AdapterSettings(
         args.rank, args.alpha, args.dropout, modules if modules == "all-linear" else modules.split(","))
     training = TrainingSettings(

@@ -29,6 +29,7 @@ class Comparison:
     answer_field: str | None = None
     prompt: str | None = None  # a built-in prompt for a custom task
     prompt_file: str | None = None  # a person's own prompts
+    numpy: bool = False  # programs that the code judge runs may import it
     keep_unfinished: bool = False  # responses that the length limit cut off are judged like any other
     chat_template_kwargs: dict | None = None
     date: str | None = None  # of the day on which the run was begun: some templates show it

@@ -16,6 +16,7 @@ from engine.chat import chat_ids, training_ids
 from engine.model import context_length, count_weights, load_config, load_tokenizer
 from judges import JUDGES, judge_all
 from results.config import Job
+from support import sandbox
 from support.cli import InputError
 from tasks import task_of
 
@@ -81,6 +82,8 @@ def rehearse(method: Callable, job: Job) -> tuple[Task, Splits, object, Rehearsa
     """
     shared, trusted = job.shared, job.machine.trust_remote_code
     task, splits = task_of(asdict(shared), job.machine.data)
+    if task.judge == "code":
+        sandbox.announce(job.machine.sandbox, shared.numpy)
     tokenizer = load_tokenizer(
         shared.model, trusted, chat_template_kwargs=shared.chat_template_kwargs, date=shared.date)
     longest = context_length(load_config(shared.model, trusted))

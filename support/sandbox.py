@@ -365,8 +365,16 @@ def require_all() -> None:
         raise RuntimeError(f"code sandbox: this system does not give {names}, which strict mode asks for")
 
 
-def announce(mode: str) -> None:
-    """Say where programs will be run. InputError: a layer is missing, and the mode is "strict"."""
+def announce(mode: str, numpy: bool = False) -> None:
+    """Say where programs will be run, and let them import numpy where that is asked for.
+
+    InputError: a layer is missing, and the mode is "strict". Or numpy is not installed.
+    """
+    try:
+        if numpy:
+            allow_numpy()
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
     print(describe(), file=sys.stderr, flush=True)
     if mode == "strict":
         try:

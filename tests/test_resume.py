@@ -295,3 +295,17 @@ def test_a_persons_own_scratch_file_stays(command):
     (out / ".mine.tmp").write_text("a person's")
     s3ft.main([*argv, "--method=sft"])
     assert (out / ".mine.tmp").read_text() == "a person's"
+
+
+def test_programs_may_import_numpy_where_it_is_asked_for(tiny, tmp_path, capsys, monkeypatch):
+    from support import sandbox
+
+    monkeypatch.setattr(sandbox, "numpy_parent", "")
+    gold = "import numpy\ndef f(x): return int(numpy.int64(x) + 1)"
+    write_jsonl(tmp_path / "rows.jsonl", [{"question": "Add.", "answer": gold, "tests": ["assert f(1) == 2"]}])
+    files = [f"--{split}-file={tmp_path / 'rows.jsonl'}" for split in ("train", "val", "test")]
+    argv = ["--task=custom", "--judge=code", "--method=sft", f"--model={tiny}", f"--out={tmp_path / 'run'}", "--dry-run"]
+    s3ft.main([*argv, *files])
+    assert "1 of 1 golds are rejected" in capsys.readouterr().out
+    s3ft.main([*argv, *files, "--numpy"])
+    assert "golds are rejected" not in capsys.readouterr().out
