@@ -1,5 +1,6 @@
 """Algorithm 1 and its relatives, the training loop, and runs that are broken off."""
 
+import contextlib
 import copy
 import itertools
 import os
@@ -282,7 +283,12 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def stamps(folder: Path) -> set:
-    return {(path.name, path.stat().st_mtime_ns) for path in folder.glob("**/*.jsonl")} if folder.exists() else set()
+    """When every file of rows was last written. A file of new rows may be put together with the real one meanwhile."""
+    found = set()
+    for path in folder.glob("**/*.jsonl"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def start(argv) -> subprocess.Popen:
