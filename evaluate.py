@@ -24,7 +24,7 @@ Decided here, the paper being silent:
 """
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -280,17 +280,18 @@ def score_benchmarks(model, tokenizer, asked: Evaluation | Alone, folder: Path) 
             scores, samples = benchmarks.score(model, tokenizer, [name], data, folder, scoring)
             score = scores[name]
             result.samples += samples
-        result.scores[name] = score | {"settings": asdict(scoring)}
+        result.scores[name] = score | {"settings": scoring.settings()}
     return result
 
 
 def grade_ifeval(model, tokenizer, data: str, folder: Path, scoring: Scoring) -> list[dict]:
-    """IFEval's grades, from responses that `folder` keeps in ifeval.jsonl."""
+    """IFEval's grades, from responses that `folder` keeps, those of another token limit in another file."""
     checkers = ifeval.load_checkers(Path(data))
     rows = ifeval.rows(Path(data), scoring.limit, scoring.sampled)
     prompts = {str(row["key"]): row["prompt"] for row in rows}
-    limits = Limits(ifeval.MAX_NEW_TOKENS)
-    responses = respond(model, tokenizer, prompts, folder / "ifeval.jsonl", limits)
+    limits = Limits(scoring.max_new_tokens or ifeval.MAX_NEW_TOKENS)
+    file = f"ifeval.{limits.max_new_tokens}-tokens.jsonl" if scoring.max_new_tokens else "ifeval.jsonl"
+    responses = respond(model, tokenizer, prompts, folder / file, limits)
     return [ifeval.grade(checkers, row, responses[str(row["key"])]["response"]) for row in rows]
 
 

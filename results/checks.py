@@ -178,6 +178,7 @@ def check_score(column: str, score, where: str) -> None:
     check_fields(score, {"settings": dict}, where, may_lack=True)
     if "settings" in score:
         check_fields(score["settings"], SETTINGS, f"{where}, settings")
+        check_fields(score["settings"], {"max_new_tokens": int}, f"{where}, settings", may_lack=True)
     metrics = metrics_of(score)
     if not metrics:
         raise InputError(f"{where}: it has no metric")

@@ -72,10 +72,10 @@ class Alone:
 def scoring_of(asked: Evaluation | Alone, name: str) -> Scoring:
     """How a benchmark is asked: MMLU alone heeds --num-fewshot, and IFEval always has the chat template."""
     if name == SHOWS_SHOTS:
-        return asked.scoring
+        return replace(asked.scoring, max_new_tokens=None)
     if name == GENERATED:
         return replace(asked.scoring, num_fewshot=0, apply_chat_template=True, add_bos=False)
-    return replace(asked.scoring, num_fewshot=0)
+    return replace(asked.scoring, num_fewshot=0, max_new_tokens=None)
 
 
 def zero_shot_in_words(asked: Evaluation | Alone) -> str:
@@ -137,6 +137,8 @@ def parse(argv) -> argparse.Namespace:
                          help="only N documents, the first ones (of MMLU: of each subject)")
     general.add_argument("--sampled", action="store_true",
                          help="with --limit: N at random, the same for every model")
+    general.add_argument("--max-new-tokens", type=positive_int, metavar="N",
+                         help="of an IFEval response, for a small machine (1280, the harness's)")
     general.add_argument("--num-fewshot", type=int, choices=range(6), default=0, metavar="K",
                          help="solved MMLU questions shown, 0 to 5 (%(default)s); others are asked 0-shot")
     general.add_argument("--apply-chat-template", action="store_true",
@@ -166,13 +168,18 @@ def machine_from(args) -> Machine:
 
 def scoring_from(args) -> Scoring:
     """InputError: a flag without the one that it goes with."""
-    asked = (args.limit, args.sampled, args.num_fewshot, args.apply_chat_template, args.add_bos)
+    asked = (args.limit, args.sampled, args.max_new_tokens, args.num_fewshot, args.apply_chat_template,
+             args.add_bos)
     if not args.benchmarks and any(asked):
-        raise InputError(
-            "--limit, --sampled, --num-fewshot, --apply-chat-template and --add-bos go with --benchmarks")
+        raise InputError("--limit, --sampled, --max-new-tokens, --num-fewshot, --apply-chat-template and "
+                         "--add-bos go with --benchmarks")
     if args.sampled and not args.limit:
         raise InputError("--sampled goes with --limit")
-    return Scoring(args.num_fewshot, args.apply_chat_template, args.add_bos, args.limit, args.sampled)
+    if args.max_new_tokens and GENERATED not in args.benchmarks:
+        raise InputError(f"--max-new-tokens goes with --benchmarks {GENERATED}")
+    return Scoring(
+        args.num_fewshot, args.apply_chat_template, args.add_bos, args.limit, args.sampled,
+        args.max_new_tokens)
 
 
 def alone_from(args) -> Alone:

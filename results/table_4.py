@@ -71,6 +71,8 @@ def settings_in_words(settings: dict) -> list[str]:
         words.append("BOS")
     if settings["limit"]:
         words.append(f"{'sampled' if settings['sampled'] else 'first'} {settings['limit']}")
+    if settings.get("max_new_tokens"):
+        words.append(f"at most {settings['max_new_tokens']} tokens")
     return words
 
 
@@ -191,6 +193,8 @@ def settings_table(models: dict[str, dict]) -> str:
             limit = "all"
             if settings["limit"]:
                 limit = f"{'sampled' if settings['sampled'] else 'first'} {settings['limit']}"
+            if settings.get("max_new_tokens"):
+                limit += f", at most {settings['max_new_tokens']} tokens a response"
             template = "yes" if settings["apply_chat_template"] else "no"
             bos = "yes" if settings["add_bos"] else "no"
             asked = [str(settings["num_fewshot"]), template, bos, limit]

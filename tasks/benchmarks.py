@@ -17,7 +17,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist, mean, stdev
 
@@ -48,6 +48,14 @@ class Scoring:
     add_bos: bool = False  # put one BOS token in front
     limit: int | None = None  # documents of each task (for MMLU, of each subject)
     sampled: bool = False  # `limit` documents at random instead of the first ones
+    max_new_tokens: int | None = None  # of a response of IFEval (None: the harness's limit)
+
+    def settings(self) -> dict:
+        """What is recorded beside a score. A limit of tokens is, where there is one."""
+        settings = asdict(self)
+        if self.max_new_tokens is None:
+            del settings["max_new_tokens"]
+        return settings
 
 
 ZERO_SHOT = Scoring()

@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+from results import request, table_4
 from support.cli import InputError
 from support.files import write_jsonl
 from tasks import ifeval
@@ -206,3 +207,17 @@ def test_without_the_checkers_the_package_is_named(data_dir, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "langdetect", None)
     with pytest.raises(InputError, match=r"--benchmarks ifeval needs its checkers .*pip install 'lm-eval\[ifeval\]==0.4.13'"):
         ifeval.load_checkers(data_dir)
+
+
+def test_a_token_limit_reaches_ifeval_alone_and_is_said_beside_the_score(tmp_path):
+    flags = ["--out", str(tmp_path), "--benchmarks", "mmlu,ifeval", "--max-new-tokens", "256"]
+    (tmp_path / "config.json").write_text("{}")
+    asked = request.read_command_line(flags)
+    assert request.scoring_of(asked, "ifeval").settings()["max_new_tokens"] == 256
+    assert "max_new_tokens" not in request.scoring_of(asked, "mmlu").settings()
+
+    settings = request.scoring_of(asked, "ifeval").settings()
+    models = {"base": {"benchmarks": {"scores": {"ifeval": {"n": 100, "settings": settings}}}}}
+    assert "at most 256 tokens a response" in table_4.settings_table(models)
+    with pytest.raises(InputError, match="--max-new-tokens goes with --benchmarks ifeval"):
+        request.read_command_line(["--out", str(tmp_path), "--benchmarks", "mmlu", "--max-new-tokens", "256"])
