@@ -7,29 +7,20 @@ code, for MBPP: the program in the response passes every test of its row. suppor
 llm, for NQ: a language model reads the prompt of Fig. 8. True or False is read off its reply.
 recall, for short golds: every word of the gold is in the response. Where there is no answer, the
     response abstains. This judge is ours.
+exact, f1, for short golds: SQuAD's exact match, and its F1 above a half. docs/study.md compares the three.
+
+support/short_answers.py says what these three take for a word and for an abstention.
 
 No judge accepts a blank response. A new judge is one function (example, response) -> bool and one entry of
 JUDGES, at the end of this file.
-
-Where `recall` differs from the published definitions:
-1. Abstention. The phrases are those that Slobodkin et al. (2023) count, but as whole words ("n/a" is not
-   found in "corn/apples"). Those that they count as the whole reply only, we take without the blanks and
-   marks around it ("Unknown." is "unknown").
-2. Token recall. The normalisation is SQuAD's (v1.1 script), the overlap that of multisets. A gold of which
-   that leaves nothing ("A", "the") would be recalled by every response: there, the whole response must be the
-   gold.
-3. Marks. SQuAD drops ASCII punctuation only. We drop that of Unicode too, so that “Paris” is Paris. A decimal
-   point stays, so that 4.5 is not 45.
 """
 
 import ast
 import functools
 import os
 import re
-import string
 import textwrap
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,6 +28,7 @@ from data import Example, fill
 from support import ranks, sandbox
 from support.cli import InputError
 from support.numerals import last_number, same_number
+from support.short_answers import abstains, exact_match, sentences, token_f1, token_recall
 
 INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of controls, formats and separators
 
@@ -296,63 +288,6 @@ def llm_prompt(x: Example, response: str) -> str:
 
 
 MAX_WORDS = 50  # so that reciting the context is no answer
-ABSTENTIONS = (
-    "unanswerable",
-    "n/a",
-    "idk",
-    "i don't know",
-    "not known",
-    "answer not in context",
-    "the answer is unknown",
-)
-WHOLE_ABSTENTIONS = ("nan", "unknown", "no answer", "none of the above")  # only as the whole reply
-BEYOND_ASCII = [chr(code) for code in range(0x80, 0x10000)]
-PUNCTUATION = string.punctuation + "".join(c for c in BEYOND_ASCII if unicodedata.category(c).startswith("P"))
-NO_PUNCTUATION = str.maketrans("", "", PUNCTUATION)
-APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ＇"), "'")
-# A point or a comma inside a number, or a point before one: 4.5, 4,5, .5, but not the comma of 4,500.
-DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)|(?<=\d),(?!\d{3}(?!\d))(?=\d)|(?<![\w.])\.(?=\d)")
-ABSTENTION = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, ABSTENTIONS)) + r")(?!\w)")
-SENTENCE_END = re.compile(r"[.!?;][\"'”’»)*_]*(?=\s|$)|\s/\s|\n")
-
-
-def normalize(text: str) -> list[str]:
-    """The words of a text after SQuAD's normalisation: lower case, no punctuation, no articles.
-
-    Unlike SQuAD's, it drops the punctuation of Unicode too, and keeps a decimal point (or comma) as a point.
-    """
-    parts = DECIMAL_POINT.split(text.lower())
-    text = ".".join(part.translate(NO_PUNCTUATION) for part in parts)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def token_recall(response: str, gold: str) -> float:
-    """The share of the gold's words (as a multiset) that the response has: |response ∩ gold| / |gold|."""
-    wanted = Counter(normalize(gold))
-    if not wanted:
-        for form in (str.lower, bare):
-            if form(response).strip() == form(gold).strip() != "":
-                return 1.0
-        return 0.0
-    return (wanted & Counter(normalize(response))).total() / wanted.total()
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a text, lower-cased and without marks around them."""
-    parts = [bare(part) for part in SENTENCE_END.split(text)]
-    return [part for part in parts if part]
-
-
-def bare(text: str) -> str:
-    """Lower-cased, without marks and blanks around it."""
-    return text.lower().translate(APOSTROPHES).strip(PUNCTUATION + string.whitespace)
-
-
-def abstains(response: str) -> bool:
-    """Does the response say that there is no answer: by a phrase in it, or by nothing else in it?"""
-    if bare(response) in WHOLE_ABSTENTIONS:
-        return True
-    return any(ABSTENTION.search(sentence) for sentence in sentences(response))
 
 
 def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequence[str] = ()) -> bool:
@@ -371,6 +306,22 @@ def recall(response: str, gold: str, unanswerable: bool = False, aliases: Sequen
     return any(token_recall(response, answer) == 1 for answer in (gold, *aliases))
 
 
+def exact(x: Example, response: str) -> bool:
+    """Is the response a gold, after SQuAD's normalisation? Without one: does it abstain?"""
+    if x.unanswerable or abstains(response):
+        return x.unanswerable and abstains(response)
+    golds = (x.answer, *x.aliases)
+    return any(exact_match(response, gold) and token_recall(response, gold) == 1 for gold in golds)
+
+
+def f1(x: Example, response: str) -> bool:
+    """Is SQuAD's F1 with a gold above a half? Without one: does the response abstain?"""
+    if x.unanswerable or abstains(response):
+        return x.unanswerable and abstains(response)
+    golds = (x.answer, *x.aliases)
+    return any(token_f1(response, gold) > 0.5 and token_recall(response, gold) > 0 for gold in golds)
+
+
 LEAKS = ("reference answer", "your response", "my response", "your own response", "now it's your turn")
 
 
@@ -384,6 +335,8 @@ JUDGES: dict[str, Callable[[Example, str], bool]] = {
     "numeric": lambda x, response: numeric(response, x.answer),
     "code": lambda x, response: code(response, x.tests, x.setup),
     "recall": lambda x, response: recall(response, x.answer, x.unanswerable, x.aliases),
+    "exact": exact,
+    "f1": f1,
 }
 LLM_BATCH = 256  # pairs a call of the LLM judge: enough for the generator to group prompts of like length
 

@@ -3,19 +3,10 @@
 They judge nothing: no method trains on them. Texts come in, numbers go out.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 from data import Example
-from judges import abstains, normalize, token_recall
-
-
-def token_f1(response: str, gold: str) -> float:
-    """SQuAD's F1: the harmonic mean of the precision and recall of the response's words, as multisets."""
-    said, wanted = Counter(normalize(response)), Counter(normalize(gold))
-    if not said or not wanted:
-        return float(said == wanted)
-    return 2 * (said & wanted).total() / (said.total() + wanted.total())
+from support.short_answers import abstains, exact_match, token_f1, token_recall
 
 
 def reading_row(x: Example, response: str) -> dict[str, float]:
@@ -30,7 +21,7 @@ def reading_row(x: Example, response: str) -> dict[str, float]:
     abstained = abstains(response)
     exact = f1 = recall = 0.0
     for gold in (x.answer, *x.aliases):
-        exact = max(exact, float(normalize(response) == normalize(gold)))
+        exact = max(exact, float(exact_match(response, gold)))
         f1 = max(f1, token_f1(response, gold))
         recall = max(recall, token_recall(response, gold))
 

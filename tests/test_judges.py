@@ -290,6 +290,22 @@ def test_no_abstention(response):
     assert not abstains(response)
 
 
+@pytest.mark.parametrize("response, answer, exact, f1", [
+    ("the Eiffel Tower.", "Eiffel Tower", True, True),
+    ("It is the Eiffel Tower", "Eiffel Tower", False, True),  # precision 2/4, recall 1: F1 is 2/3
+    ("I think it is the Eiffel Tower", "Eiffel Tower", False, False),  # 2/6 and 1: exactly a half
+    ("", "Eiffel Tower", False, False),
+    ("the", "a", False, False),  # nothing is left of either
+    ("unanswerable", "unanswerable", False, False),  # there is an answer
+    ("Lutetia", "Paris", True, True),  # the second gold
+    ("unanswerable", None, True, True),
+    ("Paris", None, False, False),
+])
+def test_exact_and_f1_as_judges(response, answer, exact, f1):
+    x = Example("1", "q", answer or "unanswerable", unanswerable=answer is None, aliases=("Lutetia",) if answer else ())
+    assert [list(judge_all(name, [(x, response)]))[0] for name in ("exact", "f1")] == [exact, f1]
+
+
 def test_recall_where_there_is_an_answer():
     assert recall("The capital is Paris.", "Paris") and recall("It is Lutetia", "Paris", aliases=("Lutetia",))
     assert not recall("The capital is Lyon.", "Paris") and not recall("Paris", "Paris France")
