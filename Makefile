@@ -27,7 +27,7 @@ help:
 	@echo "make gpu-smoke   before make gsm8k: every stage and method with a small model, 5 minutes"
 	@echo "make bench, bench-eval, bench-judge, bench-memory, bench-gpu   speed and memory beside what others use"
 	@echo "make sweep   40 and more kinds of model: which ways work on each"
-	@echo "make study   does the claim hold? five methods, three seeds, on XQuAD: about two hours on 2 CPU cores"
+	@echo "make study   does the claim hold? six methods, three seeds: many hours on 2 CPU cores, goes on where it was"
 	@echo "make fuzz    100,000 random texts into everything that reads what a model or a person wrote"
 	@echo ""
 	@echo "Variables of gsm8k, mbpp, nq (make gsm8k LIMIT=48 STEPS=6):"
@@ -53,7 +53,7 @@ $(VENV)/ready-dev: $(VENV)/ready
 $(BENCH)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python $(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(BENCH)/bin/python $(PIP) -c constraints.txt -e '.[demo,bench]'
+	$(BENCH)/bin/python $(PIP) -c constraints.txt -e '.[demo,plots,bench]'
 	@touch $@
 
 $(SMOL)/config.json: | $(VENV)/ready
@@ -124,13 +124,14 @@ test-oldest: $(SMOL)/config.json
 fuzz: $(VENV)/ready-dev
 	$(PY) -m tests.fuzz $(FLAGS)
 
-# Two hours on 2 CPU cores. Smaller: make study FLAGS="--seeds 1 --steps 6 --train 48 --test 48 --documents 10 --out runs/small".
+# With IFEval's checkers, which come with lm-eval. A small one:
+# make study FLAGS="--seeds 1 --methods sft,s3ft --steps 6 --train 48 --val 16 --test 48 --documents 10 --out runs/small --docs runs/small"
 XQUAD := $(DATA)/xquad/xquad.en.json
-study: $(VENV)/ready $(SMOL)/config.json
-	$(PY) -m bench.study --model $(SMOL) --data $(DATA) --xquad $(XQUAD) $(FLAGS)
+study: $(BENCH)/ready $(SMOL)/config.json
+	$(BENCH)/bin/python -m bench.study --model $(SMOL) --data $(DATA) --xquad $(XQUAD) $(FLAGS)
 
-study-report: $(VENV)/ready
-	$(PY) -m bench.study --report-only
+study-report: $(BENCH)/ready
+	$(BENCH)/bin/python -m bench.study --report-only
 
 # Not runs/, which took hours.
 clean:

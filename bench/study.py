@@ -1,27 +1,37 @@
-"""Does the claim hold on a small open model? Five methods, three seeds, on XQuAD reading comprehension.
+"""Does the claim hold on a small open model? Six methods, three seeds, on reading comprehension.
 
     python -m bench.study --xquad data/xquad/xquad.en.json --out runs/study    the runs, then the report
+    python -m bench.study --methods sft,s3ft --seeds 1                         some of them, then the report
     python -m bench.study --report-only                                        the report alone
 
-Rows: the first 36 of XQuAD's English articles. Train, validation and test are apart by article, and a quarter
-of the questions is made unanswerable by a context of another article. Judge: every word of the gold in at
-most 50 words, or abstention.
+What is measured, and what counts for and against the claim, was written before the runs:
+docs/study-protocol.md.
 
-All runs share one run folder. What an earlier call finished is not made again. The report is docs/study.md.
-It is made from docs/study/results.json and nothing else (bench/study_report.py).
+Rows: the first 36 of XQuAD's English articles, and the embedded passages. Train, validation and test are
+apart by article and passage, and a quarter of the questions is made unanswerable by a context of another
+article. Judge: every word of the gold in at most 50 words, or abstention.
+
+All runs share one run folder. What an earlier call finished is not made again, so that the study may be
+broken off. The report is docs/study.md. It is made from docs/study/results.json and nothing else
+(bench/study_report.py).
 """
 
 import argparse
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.study_report import ARTICLES, METHODS, draw_curves, draw_trade_off, report, seeds_of
+from bench.human_text import score_human_text
+from bench.study_figures import draw_curves, draw_trade_off
+from bench.study_numbers import METHODS, seeds_of
+from bench.study_report import ARTICLES, report
 from data import Example
+from judges import judge_all
 from support.cli import exit_cleanly
 from support.files import download, read_json, read_jsonl, write_json, write_jsonl, write_text
+from tasks import TASKS, ifeval
 from tasks.benchmarks import BENCHMARKS, Scoring
 from tasks.benchmarks import documents as documents_of
 from tasks.reading import pair_unanswerable, read_squad
@@ -29,7 +39,10 @@ from tasks.reading import pair_unanswerable, read_squad
 ROOT = Path(__file__).resolve().parent.parent
 
 XQUAD = "https://raw.githubusercontent.com/google-deepmind/xquad/master/xquad.en.json"
-SHARES = {"train": 0.5, "val": 0.125, "test": 0.375}  # of the articles
+ARTICLES_OF = {"train": 16, "val": 4, "test": 16}
+TRIES = ["--tries=4", "--shots=3"]  # of the method "tries"
+JUDGES = ["exact", "f1"]  # selecting judges that S3FT is tried with beside recall, with one seed
+IFEVAL_TOKENS = 256  # of a response
 
 
 @dataclass(frozen=True)
@@ -44,19 +57,16 @@ class Study:
     steps: int
     eval_every: int
     lr: float
-    documents: int  # of TruthfulQA and of HellaSwag
+    documents: int  # of IFEval
+    methods: list[str]
+    judges: bool  # S3FT with other selecting judges, too
     choices: bool  # S3FT with other settings, too
-
-    @property
-    def choices_folder(self) -> Path:
-        """A run folder of its own, which begins with the base model's responses of the first."""
-        return self.out.with_name(f"{self.out.name}-choices")
 
     @property
     def benchmark_limits(self) -> dict[str, int]:
         """How many documents of each benchmark. Of MMLU, of each of its 57 subjects."""
         n = self.documents
-        return {"mmlu": max(1, n // 100), "truthfulqa,hellaswag": n, "winogrande": 2 * n}
+        return {"mmlu": max(1, n // 100), "truthfulqa,hellaswag,winogrande": 2 * n, "ifeval": n}
 
     @property
     def choice_flags(self) -> dict[str, list[str]]:
@@ -73,17 +83,24 @@ class Study:
 
 
 def make_rows(source: Path, out: Path, sizes: dict[str, int]) -> None:
-    """The files of a custom task, each a random sample of its articles' rows."""
+    """The files of a custom task: a random sample of the rows of its articles and embedded passages."""
     download(XQUAD, source)
     articles = read_squad(source)[:ARTICLES]
+    embedded = TASKS["reading"].load(source.parent)
     start = 0
-    for split, share in SHARES.items():
-        part = articles[start : start + round(share * len(articles))]
-        start += len(part)
-        rows = pair_unanswerable(part)
+    for (split, number), passages in zip(ARTICLES_OF.items(), embedded, strict=True):
+        part = articles[start : start + number]
+        start += number
+        rows = [*pair_unanswerable(part), *passages]
         size = min(sizes[split], len(rows))
         chosen = sorted(random.Random(0).sample(range(len(rows)), size))
         write_jsonl(out / f"{split}.jsonl", [to_row(rows[i]) for i in chosen])
+
+
+def example_of(row: dict) -> Example:
+    """The other way round."""
+    x = Example(row["id"], row["question"], row["answer"], row["context"])
+    return replace(x, unanswerable=row["unanswerable"])
 
 
 def to_row(x: Example) -> dict:
@@ -100,9 +117,12 @@ def to_row(x: Example) -> dict:
 
 
 def run_all(study: Study) -> None:
-    for seed in range(study.seeds):
-        for method in METHODS:
+    # 1. Every method with every seed.
+    for method in study.methods:
+        for seed in range(study.seeds):
             train(study, study.out, method, f"{method}-{seed}", [f"--seed={seed}"])
+
+    # 2. What they learned and forgot.
     for names, limit in study.benchmark_limits.items():
         run(
             "evaluate.py",
@@ -111,15 +131,35 @@ def run_all(study: Study) -> None:
             f"--benchmarks={names}",
             f"--limit={limit}",
             "--sampled",
+            *([f"--max-new-tokens={IFEVAL_TOKENS}"] if "ifeval" in names else []),
         )
+    score_human_text(study.out, study.model, study.data)
+
+    # 3. What it hangs on.
+    if study.judges:
+        run_judges(study)
     if study.choices:
         run_choices(study)
 
 
-def run_choices(study: Study) -> None:
-    folder = study.choices_folder
+def run_judges(study: Study) -> None:
+    """S3FT with other selecting judges. Its model is tested by all of them."""
+    for judge in JUDGES:
+        folder = with_base_responses(study, f"judged-by-{judge}")
+        train(study, folder, "s3ft", "s3ft", [f"--judge={judge}"])
+        run("evaluate.py", f"--out={folder}")
+
+
+def with_base_responses(study: Study, name: str) -> Path:
+    """A run folder of its own, which begins with the base model's responses of the study's."""
+    folder = study.out.with_name(f"{study.out.name}-{name}")
     for file in ("predictions.jsonl", "paraphrases.jsonl"):
         write_text(folder / file, (study.out / file).read_text("utf-8"))
+    return folder
+
+
+def run_choices(study: Study) -> None:
+    folder = with_base_responses(study, "choices")
     for choice, flags in study.choice_flags.items():
         train(study, folder, "s3ft", folder_name(choice), flags)
     run("evaluate.py", f"--out={folder}")
@@ -130,15 +170,15 @@ def folder_name(choice: str) -> str:
 
 
 def train(study: Study, out: Path, method: str, name: str, more: list[str]) -> None:
-    """One s3ft.py. Of flags given twice the last counts."""
-    files = [f"--{split}-file={study.out / f'{split}.jsonl'}" for split in SHARES]
+    """One method with one seed. Of flags given twice the last counts."""
+    files = [f"--{split}-file={study.out / f'{split}.jsonl'}" for split in ARTICLES_OF]
+    program = ["-m", "examples.tries", *TRIES] if method == "tries" else ["s3ft.py", f"--method={method}"]
     run(
-        "s3ft.py",
+        *program,
         "--task=custom",
         "--judge=recall",
         "--prompt=reading",
         *files,
-        f"--method={method}",
         f"--name={name}",
         f"--model={study.model}",
         f"--out={out}",
@@ -150,8 +190,9 @@ def train(study: Study, out: Path, method: str, name: str, more: list[str]) -> N
     )
 
 
-def run(script: str, *flags: str) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / script), *flags])
+def run(*words: str) -> None:
+    """A program of this project, as a person would call it."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT)
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -162,7 +203,7 @@ def run(script: str, *flags: str) -> None:
 def collect(study: Study) -> dict:
     """What the report needs and no more: results.json, every row's verdict and metrics, the curves."""
     results = read_json(study.out / "results.json")
-    rows = {split: len(read_jsonl(study.out / f"{split}.jsonl")) for split in SHARES}
+    rows = {split: len(read_jsonl(study.out / f"{split}.jsonl")) for split in ARTICLES_OF}
     results["settings"] = {
         "steps": study.steps,
         "eval_every": study.eval_every,
@@ -171,17 +212,24 @@ def collect(study: Study) -> dict:
         **rows,
     }
 
-    test_ids = [row["id"] for row in read_jsonl(study.out / "test.jsonl")]
+    test = [example_of(row) for row in read_jsonl(study.out / "test.jsonl")]
     wanted = wanted_documents(study)
+    human_text = read_json(study.out / "human_text.json")
     for name, model in results["models"].items():
         folder = study.out / name
-        model["verdicts"] = verdict_marks(folder, test_ids)
+        model["verdicts"] = verdict_marks(folder, test)
+        model["by_judge"] = marks_by_judge(folder, test)
         model |= benchmark_scores(folder, wanted)
+        model["ifeval"] = ifeval_grades(study, folder)
+        model["human_text"] = human_text[name]["nats_a_token"]
         model.pop("benchmarks", None)
         if name != "base":
             model["curve"] = read_jsonl(folder / "log.jsonl")
+    for unused in ("examples", "notes", "unused", "costs"):
+        results.pop(unused, None)
 
-    results["choices"] = collect_choices(study, test_ids) if study.choices else {}
+    results["judges"] = collect_judges(study, test) if study.judges else {}
+    results["choices"] = collect_choices(study, test) if study.choices else {}
     return results
 
 
@@ -189,97 +237,128 @@ def wanted_documents(study: Study) -> set[tuple[str, int]]:
     """(benchmark, index) of this study's documents. A larger one may have left others in the folder."""
     wanted = set()
     for names, limit in study.benchmark_limits.items():
-        for name in names.split(","):
+        for name in set(names.split(",")) & BENCHMARKS.keys():
             for document in documents_of(name, study.data, Scoring(limit=limit, sampled=True)):
                 wanted.add((name, document.index))
     return wanted
 
 
 def benchmark_scores(folder: Path, wanted: set[tuple[str, int]]) -> dict:
-    """Each document's metric, by benchmark, and how often the model answered A to MMLU."""
+    """By benchmark, each document's metric and log p of its right option. How often MMLU was answered A."""
     documents = {benchmark: [] for benchmark in BENCHMARKS}
+    log_p = {benchmark: [] for benchmark in BENCHMARKS}
     letters = []
-    for row in read_jsonl(folder / "benchmarks" / "samples.jsonl"):
+    rows = read_jsonl(folder / "benchmarks" / "samples.jsonl")
+    for row in sorted(rows, key=lambda row: (row["benchmark"], row["index"])):
         benchmark = row["benchmark"]
         if (benchmark, row["index"]) not in wanted:
             continue
         documents[benchmark].append(round(row["metrics"][BENCHMARKS[benchmark].headline], 4))
+        log_p[benchmark].append(round(row["metrics"]["log_p"], 4))
         if benchmark == "mmlu":
             letters.append(row["chosen"])
-    return {"documents": documents, "mmlu_letter_a": letters.count(0) / len(letters)}
+    return {"documents": documents, "log_p": log_p, "mmlu_letter_a": letters.count(0) / len(letters)}
 
 
-def collect_choices(study: Study, test_ids: list[str]) -> dict:
-    models = read_json(study.choices_folder / "results.json")["models"]
+def ifeval_grades(study: Study, folder: Path) -> dict[str, list[float]]:
+    """By metric, a number for each prompt."""
+    checkers = ifeval.load_checkers(study.data)
+    responses = {}
+    for row in read_jsonl(folder / "benchmarks" / f"ifeval.{IFEVAL_TOKENS}-tokens.jsonl"):
+        responses[row["id"]] = row["response"]
+    grades = []
+    for row in ifeval.rows(study.data, study.documents, sampled=True):
+        grades.append(ifeval.grade(checkers, row, responses[str(row["key"])]))
+    return {metric: ifeval.values_by_prompt(grades, metric) for metric in ifeval.METRICS}
+
+
+def collect_judges(study: Study, test: list[Example]) -> dict:
+    """S3FT by selecting judge, its answers judged by all of them. Recall's is the study's own."""
+    folders = {"recall": study.out / "s3ft-0"}
+    for judge in JUDGES:
+        folders[judge] = study.out.with_name(f"{study.out.name}-judged-by-{judge}") / "s3ft"
+    found = {}
+    for judge, folder in folders.items():
+        sources = read_json(folder / "training.json")["sources"]
+        found[judge] = {"by_judge": marks_by_judge(folder, test), "sources": sources}
+    return found
+
+
+def collect_choices(study: Study, test: list[Example]) -> dict:
+    folder = study.out.with_name(f"{study.out.name}-choices")
+    models = read_json(folder / "results.json")["models"]
     found = {}
     for choice in study.choice_flags:
         name = folder_name(choice)
         found[choice] = {
             "accuracy": models[name]["accuracy"],
             "drift": models[name]["drift"],
-            "verdicts": verdict_marks(study.choices_folder / name, test_ids),
+            "verdicts": verdict_marks(folder / name, test),
         }
     return found
 
 
-def verdict_marks(folder: Path, test_ids: list[str]) -> str:
+def verdict_marks(folder: Path, test: list[Example]) -> str:
     """A 1 or 0 for every test row."""
     accepted = {row["id"]: bool(row["accepted"]) for row in read_jsonl(folder / "test.judged.jsonl")}
-    return "".join("1" if accepted[id] else "0" for id in test_ids)
+    return "".join("1" if accepted[x.id] else "0" for x in test)
+
+
+def marks_by_judge(folder: Path, test: list[Example]) -> dict[str, str]:
+    """A 1 or 0 for every test row, by each judge that can select on this task."""
+    responses = {row["id"]: row["response"] for row in read_jsonl(folder / "test.jsonl")}
+    pairs = [(x, responses[x.id]) for x in test]
+    found = {}
+    for judge in ("recall", *JUDGES):
+        found[judge] = "".join("1" if accepted else "0" for accepted in judge_all(judge, pairs))
+    return found
 
 
 # --------------------------------------------------------------------------------------- the command line
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--report-only", action="store_true", help="write docs/study.md from docs/study/results.json"
-    )
-    parser.add_argument(
-        "--docs", type=Path, default=ROOT / "docs", help="gets study.md, study/ (%(default)s)"
-    )
-    parser.add_argument("--xquad", type=Path, default=Path("data/xquad/xquad.en.json"), help="(%(default)s)")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="general benchmarks (%(default)s)")
-    parser.add_argument(
-        "--choices", action="store_true", help="also S3FT with other settings: a quarter of an hour more"
-    )
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="run folder (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="(%(default)s)")
-    parser.add_argument("--eval-every", type=int, default=6, help="(%(default)s)")
-    parser.add_argument(
-        "--lr", type=float, default=1e-3, help="ten times the paper's, for a 400th of its steps (%(default)s)"
-    )
-    parser.add_argument("--train", type=int, default=96, help="rows (%(default)s)")
-    parser.add_argument("--val", type=int, default=32, help="rows (%(default)s)")
-    parser.add_argument("--test", type=int, default=128, help="rows (%(default)s)")
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=100,
-        help="of TruthfulQA and of HellaSwag (%(default)s); WinoGrande: twice as many, each MMLU "
-        "subject: a 100th",
-    )
-    args = parser.parse_args()
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--report-only", action="store_true", help="write docs/study.md from docs/study/results.json")
+    add("--docs", type=Path, default=ROOT / "docs", help="gets study.md, study/ (%(default)s)")
+    add("--xquad", type=Path, default=Path("data/xquad/xquad.en.json"), help="(%(default)s)")
+    add("--data", type=Path, default=Path("data"), help="general benchmarks, GSM8K (%(default)s)")
+    add("--model", default="models/SmolLM2-135M-Instruct", help="(%(default)s)")
+    add("--out", type=Path, default=Path("runs/study"), help="run folder (%(default)s)")
+    add("--methods", default=",".join(METHODS), help="(%(default)s)")
+    add("--seeds", type=int, default=3, help="(%(default)s)")
+    add("--steps", type=int, default=50, help="(%(default)s)")
+    add("--eval-every", type=int, default=25, help="(%(default)s)")
+    add("--lr", type=float, default=1e-3, help="(%(default)s)")
+    add("--train", type=int, default=400, help="rows (%(default)s)")
+    add("--val", type=int, default=64, help="rows (%(default)s)")
+    add("--test", type=int, default=400, help="rows (%(default)s)")
+    add("--documents", type=int, default=100,
+        help="of IFEval (%(default)s); of the others twice as many, of each MMLU subject a 100th")
+    add("--judges", action="store_true", help="also S3FT with other selecting judges, one seed")
+    add("--choices", action="store_true", help="also S3FT with other settings, one seed")
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse()
     kept = args.docs / "study" / "results.json"
     if not args.report_only:
-        rows = {"train": args.train, "val": args.val, "test": args.test}
         study = Study(
-            args.out,
-            args.data,
-            args.model,
-            rows,
-            args.seeds,
-            args.steps,
-            args.eval_every,
-            args.lr,
-            args.documents,
-            args.choices,
+            out=args.out.absolute(),
+            data=args.data.absolute(),
+            model=args.model,
+            rows={"train": args.train, "val": args.val, "test": args.test},
+            seeds=args.seeds,
+            steps=args.steps,
+            eval_every=args.eval_every,
+            lr=args.lr,
+            documents=args.documents,
+            methods=args.methods.split(","),
+            judges=args.judges,
+            choices=args.choices,
         )
         make_rows(args.xquad, study.out, study.rows)
         run_all(study)

@@ -1,17 +1,39 @@
 """The study's report: docs/study.md and its figures, from docs/study/results.json and nothing else."""
 
-import math
 from pathlib import Path
 from statistics import mean
 
+from bench.study_numbers import (
+    accuracies,
+    average_difference,
+    average_paired_difference,
+    difference,
+    documents,
+    human_text_of,
+    ifeval_of,
+    log_p_of,
+    marks_of,
+    mean_and_each,
+    nats_difference,
+    nats_with_interval,
+    paired_difference,
+    retained,
+    row_means,
+    seeds_of,
+    values_of,
+    verdicts,
+    with_interval,
+)
 from results.paper import PAPER_ACCURACY, PAPER_BENCHMARKS, PAPER_SOURCES
 from results.report import log_probability_section, markdown_table
 from results.run_files import BRANCHES
-from tasks.benchmarks import BENCHMARKS, paired_interval
+from tasks.benchmarks import BENCHMARKS
 
 ARTICLES = 36  # the first of XQuAD's 48
-METHODS = ["sft", "sdft", "ssr", "s3ft", "rft"]
 
+CLAIM = """\
+The paper claims that S3FT is better than SFT on the task (56.9 against 53.4 % on GSM8K) and forgets about
+half as much (its mean drop on four benchmarks is 2.5 against 4.4 points)."""
 INTERVALS = """\
 A difference is the mean over the same rows, each averaged over the seeds, with the normal 95 % interval
 over rows. A star marks an interval that leaves out zero. It speaks for these seeds. How much a seed
@@ -21,55 +43,68 @@ CHANGES = """\
 One change at a time. Two others cannot be tried on these rows: the prompt at test time (prediction and
 training have the same) and the gold's format (golds are phrases)."""
 SETTING = """\
-Made by `make study` and `make study-report`. {model}, {date}, {device}, torch {torch}.
+Made by `make study` and `make study-report`. {model}, {date}, {device}, torch {torch}. What was to be
+measured, and what was to count for and against the claim, was written before the runs:
+[study-protocol.md](study-protocol.md).
 
-- Rows: {train} training, {val} validation, {test} test, out of XQuAD's first {articles} articles. The
-  three parts share no article. A quarter of the rows is unanswerable.
+- Rows: {train} training, {val} validation, {test} test, out of XQuAD's first {articles} articles and the
+  embedded passages. The three parts share no article and no passage. A quarter of the rows is unanswerable.
 - Seeds: 0 to {last_seed}, for the order of rows, LoRA's start and dropout.
 - Training: rank 8, alpha 16, dropout 0.1 on q_proj and v_proj as in the paper, {steps} steps of 8 rows at
   a peak rate of {lr:g}. The checkpoint with the best validation accuracy is kept (every {eval_every}
   steps).
 - Judge: every word of the gold in at most 50 words, or abstention where there is no answer."""
+PRIMARY = """\
+log p of the right option among the options (softmax over their log-likelihoods), for each document of the
+four benchmarks of Table 4, paired against the base model. A benchmark's drop is the mean over its documents,
+and the four drops are averaged. Positive numbers are forgetting."""
 TRADE_OFF = """\
-Each method's mean over its seeds. A bar is the 95 % interval of its difference from the base model over
-the same rows: one that does not cross a dashed line is a difference with a star. Small marks are single
-seeds."""
+Each method's mean over its seeds, beside the base model at the star. A bar is the 95 % interval of its
+difference from the base model over the same rows: one that does not cross a dashed line is a difference with
+a star. Small marks are single seeds."""
+HUMAN_TEXT = """\
+The negative log-likelihood of GSM8K's test golds after their questions: texts that people wrote, and that no
+method was trained on."""
+IFEVAL = """\
+A random sample of IFEval's prompts, responses of at most 256 tokens. The differences are of the prompt level,
+strict."""
 
 
 def report(results: dict, folder: Path) -> str:
     """The text of study.md. Fig. 2 is drawn into `folder`."""
-    # 1. What was done.
+    # 1. One page: what was claimed, and what was found.
     methods, settings = seeds_of(results), results["settings"]
     setting = {
         **results["machine"],
         **settings,
-        "model": results["config"]["model"],
+        "model": Path(results["config"]["model"]).name,
         "articles": ARTICLES,
         "last_seed": settings["seeds"] - 1,
     }
-    parts = ["# Study: XQuAD reading comprehension", SETTING.format(**setting), INTERVALS]
+    parts = ["# Study: does S3FT forget less?", *first_page(methods)]
+    parts += ["![forgetting against accuracy](study/trade-off.svg)", TRADE_OFF]
+    parts += ["## What was done", SETTING.format(**setting), INTERVALS]
 
-    # 2. Accuracy, and where it comes from.
-    parts += [
-        "## Accuracy (Table 2) and drift",
-        accuracy_table(methods),
-        paper_accuracy_table(),
-        "![accuracy against general benchmarks](study/trade-off.svg)",
-        TRADE_OFF,
-    ]
-    parts += ["## What the judge's choice does", reading_table(methods)]
-    parts += ["## Where the training targets come from (Table 3)", sources_table(methods)]
-
-    # 3. What was forgotten.
+    # 2. What was forgotten.
     base = methods["base"][0]
     sizes = ", ".join(f"{name} {len(values)}" for name, values in base["documents"].items())
+    parts += ["## Forgetting: the primary measure", PRIMARY, primary_table(methods)]
+    parts += ["## Forgetting: following instructions (IFEval)", IFEVAL, ifeval_table(methods)]
+    parts += ["## Forgetting: text that people wrote", HUMAN_TEXT, human_text_table(methods)]
     parts += [
-        "## General benchmarks (Table 4)",
+        "## Forgetting: accuracy on general benchmarks (Table 4)",
         f"Documents: {sizes}: a random sample, of MMLU of each subject, the same for every model. "
         f"To MMLU the base model answers A in {100 * base['mmlu_letter_a']:.0f} % of its questions: near "
         "100 %, that column says nothing about what is forgotten.",
         benchmarks_table(methods),
     ]
+
+    # 3. What was learned, and where it comes from.
+    parts += ["## The task: accuracy (Table 2) and drift", accuracy_table(methods), paper_accuracy_table()]
+    parts += ["## What the judge's choice does", by_judge_table(methods), reading_table(methods)]
+    if results["judges"]:
+        parts += ["S3FT with seed 0, D' selected by each judge:", selecting_judges_table(results["judges"])]
+    parts += ["## Where the training targets come from (Table 3)", sources_table(methods)]
 
     # 4. Other settings, curves, and Fig. 2.
     if results["choices"]:
@@ -80,96 +115,125 @@ def report(results: dict, folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def seeds_of(results: dict) -> dict[str, list[dict]]:
-    """method -> its models, one a seed."""
-    found = {name: [] for name in ("base", *METHODS)}
-    for name, model in results["models"].items():
-        method = name.rpartition("-")[0] or name
-        found[method].append(model)
-    return {name: models for name, models in found.items() if models}
+# --------------------------------------------------------------------------------------- the first page
 
 
-# --------------------------------------------------------------------------------------- rows and differences
+def first_page(methods: dict) -> list[str]:
+    """What was claimed and what was found, in six sentences."""
+    base, sft, s3ft = methods["base"], methods["sft"], methods["s3ft"]
+    lost = average_paired_difference(base, sft, log_p_of)
+    kept = average_paired_difference(base, s3ft, log_p_of)
+    gain = average_paired_difference(s3ft, sft, log_p_of)
+    found = (
+        f"By the primary measure SFT loses {nats_with_interval(*lost)} nats and S3FT "
+        f"{nats_with_interval(*kept)}: S3FT loses {nats_with_interval(*gain)} nats less, and the claim "
+        f"{answer_of(gain, lost[0])}.")
+    instructions = (
+        f"On IFEval SFT loses {difference(ifeval_of(base), ifeval_of(sft))} points, S3FT "
+        f"{difference(ifeval_of(base), ifeval_of(s3ft))}.")
+    text = (
+        f"Text that people wrote costs SFT {nats_difference(human_text_of(sft), human_text_of(base))} nats a "
+        f"token more than the base model, S3FT "
+        f"{nats_difference(human_text_of(s3ft), human_text_of(base))}.")
+    accuracy = "; ".join(
+        f"by {judge} {difference(marks_of(s3ft, judge), marks_of(sft, judge))} points"
+        for judge in ("recall", "exact", "f1"))
+    others = [name for name in methods if name not in ("base", "sft", "s3ft")]
+    beside = "; ".join(
+        f"{name} {nats_with_interval(*average_paired_difference(base, methods[name], log_p_of))}"
+        for name in others)
+    lines = [CLAIM, found, instructions, text, f"On the task S3FT is ahead of SFT {accuracy}."]
+    if others:
+        lines.append(f"The other methods lose, in nats of the primary measure: {beside}.")
+    return lines
 
 
-def row_means(models: list[dict], rows_of) -> list[float]:
-    """Each row's (or document's) mean over the seeds."""
-    by_model = [rows_of(model) for model in models]
-    return [mean(values) for values in zip(*by_model, strict=True)]
-
-
-def verdicts(model: dict) -> list[float]:
-    """1 or 0 for every test row."""
-    return [float(mark) for mark in model["verdicts"]]
-
-
-def documents(models: list[dict], benchmark: str) -> list[float]:
-    """Each document's metric, averaged over the seeds."""
-    return row_means(models, lambda model: model["documents"][benchmark])
-
-
-def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """(points of difference over the same rows, half the width of its 95 % interval)"""
-    found = paired_interval([100 * (a - b) for a, b in zip(ours, theirs, strict=True)])
-    return found["drop"], found["interval"][1] - found["drop"]
-
-
-def average_paired_difference(models: list[dict], others: list[dict]) -> tuple[float, float]:
-    """The same for the mean of the four benchmarks. Their documents are independent: the variances add up."""
-    centers, halves = [], []
-    for name in BENCHMARKS:
-        center, half = paired_difference(documents(models, name), documents(others, name))
-        centers.append(center)
-        halves.append(half)
-    return mean(centers), math.hypot(*halves) / len(halves)
-
-
-def with_interval(center: float, half: float) -> str:
-    """A difference as a table shows it. A star marks an interval that leaves out zero."""
-    low, high = center - half, center + half
-    star = "" if low <= 0 <= high else " *"
-    return f"{center:+.1f} ({low:+.1f} to {high:+.1f}){star}"
-
-
-def difference(ours: list[float], theirs: list[float]) -> str:
-    return with_interval(*paired_difference(ours, theirs))
-
-
-def average_difference(models: list[dict], others: list[dict]) -> str:
-    return with_interval(*average_paired_difference(models, others))
-
-
-def mean_and_each(values: list[float], digits: int = 1) -> str:
-    """The mean over the seeds, and each seed's value."""
-    center = f"{mean(values):.{digits}f}"
-    if len(values) == 1:
-        return center
-    each = ", ".join(f"{value:.{digits}f}" for value in values)
-    return f"{center} ({each})"
-
-
-def values_of(models: list[dict], *keys: str) -> list[float]:
-    """What results.json has under these keys, for every seed."""
-    found = []
-    for model in models:
-        value = model
-        for key in keys:
-            value = value[key]
-        found.append(value)
-    return found
-
-
-def accuracies(models: list[dict]) -> list[float]:
-    """In percent, for every seed."""
-    return [100 * accuracy for accuracy in values_of(models, "accuracy")]
-
-
-def retained(model: dict) -> float:
-    """The mean of the four benchmarks, in percent."""
-    return mean(100 * mean(values) for values in model["documents"].values())
+def answer_of(gain: tuple[float, float], lost_by_sft: float) -> str:
+    """What the protocol says of S3FT's gain over SFT (its center and half-width)."""
+    low, high = gain[0] - gain[1], gain[0] + gain[1]
+    if low > 0:
+        return "is supported"
+    if high < 0:
+        return "is contradicted"
+    if max(abs(low), abs(high)) < lost_by_sft / 5:
+        return "is not supported: the difference is under a fifth of SFT's own loss"
+    return "is neither supported nor refuted: the interval is too wide"
 
 
 # --------------------------------------------------------------------------------------- the tables
+
+
+def primary_table(methods: dict) -> str:
+    """What every method lost, in nats."""
+    base = methods["base"]
+    rows = []
+    for name, models in methods.items():
+        if name == "base":
+            continue
+        each_seed = [average_paired_difference(base, [model], log_p_of)[0] for model in models]
+        row = [name, nats_with_interval(*average_paired_difference(base, models, log_p_of))]
+        row.append(", ".join(f"{value:+.3f}" for value in each_seed))
+        row.append("")
+        if name != "sft":
+            row[-1] = nats_with_interval(*average_paired_difference(methods["sft"], models, log_p_of))
+        for benchmark in BENCHMARKS:
+            row.append(nats_difference(log_p_of(base, benchmark), log_p_of(models, benchmark)))
+        rows.append(row)
+    return markdown_table(["method", "drop, nats", "each seed", "drop against SFT's", *BENCHMARKS], rows)
+
+
+def ifeval_table(methods: dict) -> str:
+    rows = []
+    for name, models in methods.items():
+        row = [name]
+        for metric in models[0]["ifeval"]:
+            row.append(mean_and_each([100 * mean(model["ifeval"][metric]) for model in models]))
+        row.append("" if name == "base" else difference(ifeval_of(models), ifeval_of(methods["base"])))
+        row.append("" if name == "sft" else difference(ifeval_of(models), ifeval_of(methods["sft"])))
+        rows.append(row)
+    metrics = [f"{metric.replace('_', ' ')} %" for metric in methods["base"][0]["ifeval"]]
+    return markdown_table(["method", *metrics, "against base", "against SFT"], rows)
+
+
+def human_text_table(methods: dict) -> str:
+    rows = []
+    for name, models in methods.items():
+        own = human_text_of(models)
+        row = [name, mean_and_each([mean(model["human_text"]) for model in models], digits=3)]
+        row.append("" if name == "base" else nats_difference(own, human_text_of(methods["base"])))
+        row.append("" if name == "sft" else nats_difference(own, human_text_of(methods["sft"])))
+        rows.append(row)
+    return markdown_table(["method", "nats a token", "against base", "against SFT"], rows)
+
+
+def by_judge_table(methods: dict) -> str:
+    """The same answers judged by all judges: does the ranking hang on the judge?"""
+    judges = list(methods["base"][0]["by_judge"])
+    rows = []
+    for name, models in methods.items():
+        row = [name]
+        for judge in judges:
+            own = marks_of(models, judge)
+            against = "" if name == "sft" else f": {difference(own, marks_of(methods['sft'], judge))}"
+            row.append(f"{100 * mean(own):.1f}{against}")
+        rows.append(row)
+    header = [f"accepted by {judge} %, against SFT" for judge in judges]
+    return markdown_table(["method", *header], rows)
+
+
+def selecting_judges_table(judges: dict) -> str:
+    rows = []
+    for name, model in judges.items():
+        total = sum(model["sources"].values())
+        row = [name]
+        for source in BRANCHES:
+            row.append(f"{100 * model['sources'][source] / total:.1f}")
+        for marks in model["by_judge"].values():
+            row.append(f"{100 * marks.count('1') / len(marks):.1f}")
+        rows.append(row)
+    sources = ["model responses %", "gold paraphrases %", "gold responses %"]
+    tested = [f"accepted by {judge} %" for judge in judges]
+    return markdown_table(["selecting judge", *sources, *tested], rows)
 
 
 def accuracy_table(methods: dict) -> str:
@@ -276,7 +340,9 @@ def benchmarks_table(methods: dict) -> str:
 
 def each_difference(models: list[dict], base: list[dict]) -> str:
     """The differences of the single benchmarks."""
-    found = [difference(documents(models, name), documents(base, name)) for name in BENCHMARKS]
+    found = []
+    for name in BENCHMARKS:
+        found.append(with_interval(*paired_difference(documents(models, name), documents(base, name))))
     return "; ".join(found)
 
 
@@ -289,97 +355,3 @@ def choices_table(results: dict) -> str:
         rows.append([name, f"{100 * model['accuracy']:.1f}", beside, f"{general:.3f}", f"{task:.3f}"])
     header = ["S3FT, seed 0", "accuracy %", "against the first row", "drift, general", "drift, task"]
     return markdown_table(header, rows)
-
-
-# --------------------------------------------------------------------------------------- the figures
-
-
-# (colour, mark). Okabe and Ito's colours, which people with any colour vision tell apart.
-LOOK = {
-    "base": ("#000000", "*"),
-    "sft": ("#D55E00", "s"),
-    "sdft": ("#E69F00", "^"),
-    "ssr": ("#009E73", "D"),
-    "s3ft": ("#0072B2", "o"),
-    "rft": ("#CC79A7", "v"),
-}
-
-
-def start_figure(columns: int, size: tuple[float, float]):
-    """(figure, its axes), in SVG with the same bytes for the same numbers."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "s3ft"
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, columns, figsize=size, layout="constrained")
-
-
-def save_figure(figure, path: Path) -> None:
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-
-
-def draw_trade_off(methods: dict, path: Path) -> None:
-    """Accuracy against what was retained: the mean over the seeds, with bars, and every seed as a small mark.
-
-    A bar is the 95 % interval of the difference from base over the same rows. So one that does not cross the
-    base model's line stands for a difference with a star in the tables.
-    """
-    from matplotlib import patheffects
-
-    figure, axes = start_figure(1, (7.5, 5))
-    base = methods["base"]
-    base_x, base_y = retained(base[0]), accuracies(base)[0]
-    axes.axvline(base_x, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
-    axes.axhline(base_y, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
-
-    for name, models in methods.items():
-        color, mark = LOOK[name]
-        x = mean(retained(model) for model in models)
-        y = mean(accuracies(models))
-        if name != "base":
-            _, x_half = average_paired_difference(models, base)
-            _, y_half = paired_difference(row_means(models, verdicts), row_means(base, verdicts))
-            axes.errorbar(x, y, xerr=x_half, yerr=y_half, color=color, elinewidth=1, capsize=3, alpha=0.6)
-            seeds_x = [retained(model) for model in models]
-            axes.scatter(seeds_x, accuracies(models), color=color, marker=mark, s=16, alpha=0.5, linewidths=0)
-        size = 180 if name == "base" else 80
-        axes.scatter(x, y, color=color, marker=mark, s=size, edgecolors="white", zorder=3)
-        side = -1 if x < base_x else 1  # the label stands away from the base model
-        label = axes.annotate(
-            name,
-            (x, y),
-            xytext=(8 * side, 7),
-            textcoords="offset points",
-            color=color,
-            weight="bold",
-            ha="right" if side < 0 else "left",
-            zorder=4,
-        )
-        label.set_path_effects([patheffects.withStroke(linewidth=3, foreground="white")])
-
-    axes.set(xlabel="mean of the four general benchmarks, %", ylabel="accuracy on the task, %")
-    save_figure(figure, path)
-
-
-def draw_curves(methods: dict, path: Path) -> None:
-    """Training loss and validation accuracy by step, a line a seed."""
-    figure, both_axes = start_figure(2, (11, 4))
-    labels = {"loss": "training loss, nats a token", "validation": "validation accuracy"}
-    for axes, field in zip(both_axes, labels, strict=True):
-        for name, models in methods.items():
-            if name == "base":
-                continue
-            for number, model in enumerate(models):
-                points = [(row["step"], row[field]) for row in model["curve"] if field in row]
-                steps, values = zip(*points, strict=True)
-                label = name if number == 0 else None  # one entry in the legend for all seeds
-                axes.plot(steps, values, color=LOOK[name][0], alpha=0.7, label=label)
-        axes.set(xlabel="step", ylabel=labels[field])
-    both_axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(figure, path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import study, study_report
+from bench import study, study_numbers, study_report
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -16,10 +16,10 @@ def test_a_difference_is_paired_over_rows_and_averaged_over_seeds():
     Their mean is 37.5 points, its standard error 23.9.
     """
     models = [{"verdicts": "1100"}, {"verdicts": "1000"}]
-    means = study_report.row_means(models, study_report.verdicts)
+    means = study_numbers.row_means(models, study_numbers.verdicts)
     assert means == [1.0, 0.5, 0.0, 0.0]
-    assert study_report.difference(means, [0.0] * 4) == "+37.5 (-9.4 to +84.4)"
-    assert study_report.difference([1.0] * 9 + [0.0], [0.0] * 10).endswith(" *")
+    assert study_numbers.difference(means, [0.0] * 4) == "+37.5 (-9.4 to +84.4)"
+    assert study_numbers.difference([1.0] * 9 + [0.0], [0.0] * 10).endswith(" *")
 
 
 def test_the_average_of_benchmarks_weighs_each_the_same_and_adds_variances():
@@ -27,11 +27,11 @@ def test_the_average_of_benchmarks_weighs_each_the_same_and_adds_variances():
 
     The first one's half-width is 1.96 * 70.71 / sqrt 2 = 98, over four.
     """
-    sizes = dict(zip(study_report.BENCHMARKS, (2, 3, 2, 2), strict=True))
+    sizes = dict(zip(study_numbers.BENCHMARKS, (2, 3, 2, 2), strict=True))
     base = [{"documents": {name: [0.0] * n for name, n in sizes.items()}}]
     tuned = [{"documents": {name: [0.0] * n for name, n in sizes.items()}}]
     tuned[0]["documents"]["mmlu"][0] = 1.0
-    assert study_report.average_difference(tuned, base) == "+12.5 (-12.0 to +37.0)"
+    assert study_numbers.average_difference(tuned, base) == "+12.5 (-12.0 to +37.0)"
 
 
 def test_a_changed_setting_stands_beside_the_plain_run():
@@ -44,19 +44,39 @@ def test_a_changed_setting_stands_beside_the_plain_run():
                          "| all linear layers | 75.0 | +25.0 (-24.0 to +74.0) | 0.010 | 0.200 |"]
 
 
-def test_splits_share_no_article_and_a_quarter_has_no_answer(tmp_path):
+def test_splits_share_no_passage_and_a_quarter_has_no_answer(tmp_path):
     articles = [{"title": f"t{a}", "paragraphs": [{"context": f"Text {a}.", "qas": [
         {"id": f"{a}-{q}", "question": f"What {a} {q}?",
          "answers": [{"text": f"Text {a}", "answer_start": 0}]}
-        for q in range(8)]}]} for a in range(8)]
+        for q in range(4)]}]} for a in range(36)]
     (tmp_path / "xquad.json").write_text(json.dumps({"version": "1.1", "data": articles}))
-    study.make_rows(tmp_path / "xquad.json", tmp_path, {"train": 99, "val": 99, "test": 5})
+    study.make_rows(tmp_path / "xquad.json", tmp_path, {"train": 999, "val": 999, "test": 5})
     rows = {split: [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
-            for split in study.SHARES}
-    assert [len(found) for found in rows.values()] == [32, 8, 5]
-    owners = [{row["id"].split("-")[0] for row in found} for found in rows.values()]
-    assert not owners[0] & owners[1] and not owners[0] & owners[2] and not owners[1] & owners[2]
-    assert sum(row["unanswerable"] for row in rows["train"]) == 8
+            for split in study.ARTICLES_OF}
+    assert [len(found) for found in rows.values()] == [16 * 4 + 216, 4 * 4 + 36, 5]  # and the embedded set's
+    passages = [{row["context"] for row in found} for found in rows.values()]
+    assert not passages[0] & passages[1] and not passages[0] & passages[2] and not passages[1] & passages[2]
+    assert sum(row["unanswerable"] for row in rows["train"]) == (16 * 4 + 216) / 4
+    assert [study.to_row(study.example_of(row)) for row in rows["train"]] == rows["train"]
+
+
+def test_what_the_protocol_says_of_a_difference():
+    """SFT lost 0.10 nats. A fifth of that is 0.02."""
+    said = {(0.03, 0.02): "is supported", (-0.03, 0.02): "is contradicted", (0.005, 0.01): "is not supported",
+            (0.015, 0.01): "is supported", (0.01, 0.03): "is neither"}
+    for gain, words in said.items():
+        assert study_report.answer_of(gain, 0.10).startswith(words)
+
+
+def test_forgetting_in_nats_is_paired_by_document_and_averaged_over_benchmarks():
+    """One benchmark of two documents falls by 0.2 and 0.4 nats, the others stay."""
+    base = [{"log_p": {name: [-1.0, -1.0] for name in study_numbers.BENCHMARKS}}]
+    tuned = [{"log_p": {name: [-1.0, -1.0] for name in study_numbers.BENCHMARKS}}]
+    tuned[0]["log_p"]["mmlu"] = [-1.2, -1.4]
+    center, half = study_numbers.average_paired_difference(base, tuned, study_numbers.log_p_of)
+    assert center == pytest.approx(0.3 / 4) and half == pytest.approx(1.96 * 0.1 / 4, rel=1e-3)
+    table = study_report.primary_table({"base": base, "sft": tuned})
+    assert "| sft | +0.075 (+0.026 to +0.124) * | +0.075 |  | +0.300 (+0.104 to +0.496) * |" in table
 
 
 @pytest.mark.skipif(not (DOCS / "study.md").exists(), reason="the study has not been run yet")
