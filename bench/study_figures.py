@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from bench.study_numbers import (
-    average_paired_difference,
-    log_p_of,
+    lost_on_human_text,
     paired_difference,
     row_means,
     verdicts,
@@ -54,10 +53,10 @@ def draw_trade_off(methods: dict, path: Path) -> None:
 
     for name, models in methods.items():
         color, mark = LOOK[name]
-        x, x_half = average_paired_difference(models, base, log_p_of)
+        x, x_half = lost_on_human_text(models, base)
         y, y_half = paired_difference(row_means(models, verdicts), base_marks)
         if name != "base":
-            seeds_x = [average_paired_difference([model], base, log_p_of)[0] for model in models]
+            seeds_x = [lost_on_human_text([model], base)[0] for model in models]
             seeds_y = [100 * paired_difference(verdicts(model), base_marks)[0] for model in models]
             axes.errorbar(
                 x, 100 * y, xerr=x_half, yerr=100 * y_half, color=color, elinewidth=1, capsize=3, alpha=0.6)
@@ -75,7 +74,7 @@ def draw_trade_off(methods: dict, path: Path) -> None:
         label.set_path_effects([patheffects.withStroke(linewidth=3, foreground="white")])
 
     axes.set(
-        xlabel="log p of the right option, nats against base (left: forgotten)",
+        xlabel="GSM8K's golds, nats a token more than base (right: forgotten)",
         ylabel="accuracy on the task, points against base",
     )
     save_figure(figure, path)

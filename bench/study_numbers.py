@@ -48,9 +48,14 @@ def ifeval_of(models: list[dict], metric: str = "prompt_level_strict") -> list[f
     return row_means(models, lambda model: model["ifeval"][metric])
 
 
-def human_text_of(models: list[dict]) -> list[float]:
-    """Each text's negative log-likelihood in nats a token, averaged over the seeds."""
-    return row_means(models, lambda model: model["human_text"])
+def human_text_of(models: list[dict], task: str) -> list[float]:
+    """Each gold's negative log-likelihood in nats a token, averaged over the seeds."""
+    return row_means(models, lambda model: model["human_text"][task])
+
+
+def lost_on_human_text(models: list[dict], base: list[dict]) -> tuple[float, float]:
+    """The primary measure: by how many nats a token GSM8K's golds became less likely."""
+    return paired_difference(human_text_of(models, "gsm8k"), human_text_of(base, "gsm8k"))
 
 
 def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
@@ -59,10 +64,12 @@ def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, fl
     return found["drop"], found["interval"][1] - found["drop"]
 
 
-def average_paired_difference(models: list[dict], others: list[dict], of=documents) -> tuple[float, float]:
-    """The same for the mean of the four benchmarks. Their documents are independent: the variances add up."""
+def average_paired_difference(
+    models: list[dict], others: list[dict], of=documents, names=tuple(BENCHMARKS)
+) -> tuple[float, float]:
+    """The same for the mean of several benchmarks. Their documents are independent: the variances add up."""
     centers, halves = [], []
-    for name in BENCHMARKS:
+    for name in names:
         center, half = paired_difference(of(models, name), of(others, name))
         centers.append(center)
         halves.append(half)

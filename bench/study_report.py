@@ -12,6 +12,7 @@ from bench.study_numbers import (
     human_text_of,
     ifeval_of,
     log_p_of,
+    lost_on_human_text,
     marks_of,
     mean_and_each,
     nats_difference,
@@ -55,6 +56,10 @@ measured, and what was to count for and against the claim, was written before th
   steps).
 - Judge: every word of the gold in at most 50 words, or abstention where there is no answer."""
 PRIMARY = """\
+The negative log-likelihood of texts that people wrote and that no method was trained on: 100 solutions of
+GSM8K, each after its question, paired against the base model. Positive differences are forgetting. MBPP's
+programs stand beside them."""
+OPTIONS = """\
 log p of the right option among the options (softmax over their log-likelihoods), for each document of the
 four benchmarks of Table 4, paired against the base model. A benchmark's drop is the mean over its documents,
 and the four drops are averaged. Positive numbers are forgetting."""
@@ -62,9 +67,6 @@ TRADE_OFF = """\
 Each method's mean over its seeds, beside the base model at the star. A bar is the 95 % interval of its
 difference from the base model over the same rows: one that does not cross a dashed line is a difference with
 a star. Small marks are single seeds."""
-HUMAN_TEXT = """\
-The negative log-likelihood of GSM8K's test golds after their questions: texts that people wrote, and that no
-method was trained on."""
 IFEVAL = """\
 A random sample of IFEval's prompts, responses of at most 256 tokens. The differences are of the prompt level,
 strict."""
@@ -89,8 +91,8 @@ def report(results: dict, folder: Path) -> str:
     base = methods["base"][0]
     sizes = ", ".join(f"{name} {len(values)}" for name, values in base["documents"].items())
     parts += ["## Forgetting: the primary measure", PRIMARY, primary_table(methods)]
+    parts += ["## Forgetting: log p of the right option", OPTIONS, log_p_table(methods)]
     parts += ["## Forgetting: following instructions (IFEval)", IFEVAL, ifeval_table(methods)]
-    parts += ["## Forgetting: text that people wrote", HUMAN_TEXT, human_text_table(methods)]
     parts += [
         "## Forgetting: accuracy on general benchmarks (Table 4)",
         f"Documents: {sizes}: a random sample, of MMLU of each subject, the same for every model. "
@@ -121,30 +123,31 @@ def report(results: dict, folder: Path) -> str:
 def first_page(methods: dict) -> list[str]:
     """What was claimed and what was found, in six sentences."""
     base, sft, s3ft = methods["base"], methods["sft"], methods["s3ft"]
-    lost = average_paired_difference(base, sft, log_p_of)
-    kept = average_paired_difference(base, s3ft, log_p_of)
-    gain = average_paired_difference(s3ft, sft, log_p_of)
+    lost = lost_on_human_text(sft, base)
+    kept = lost_on_human_text(s3ft, base)
+    gain = lost_on_human_text(sft, s3ft)
     found = (
-        f"By the primary measure SFT loses {nats_with_interval(*lost)} nats and S3FT "
-        f"{nats_with_interval(*kept)}: S3FT loses {nats_with_interval(*gain)} nats less, and the claim "
+        f"By the primary measure, the likelihood of GSM8K's golds, which people wrote, SFT loses "
+        f"{nats_with_interval(*lost)} nats a token and S3FT {nats_with_interval(*kept)}: S3FT loses "
+        f"{nats_with_interval(*gain)} nats less, and the claim that it forgets less "
         f"{answer_of(gain, lost[0])}.")
     instructions = (
         f"On IFEval SFT loses {difference(ifeval_of(base), ifeval_of(sft))} points, S3FT "
         f"{difference(ifeval_of(base), ifeval_of(s3ft))}.")
-    text = (
-        f"Text that people wrote costs SFT {nats_difference(human_text_of(sft), human_text_of(base))} nats a "
-        f"token more than the base model, S3FT "
-        f"{nats_difference(human_text_of(s3ft), human_text_of(base))}.")
+    options = (
+        f"Of log p of the right option on the four benchmarks SFT loses "
+        f"{nats_with_interval(*average_paired_difference(base, sft, log_p_of))} nats, S3FT "
+        f"{nats_with_interval(*average_paired_difference(base, s3ft, log_p_of))}.")
     accuracy = "; ".join(
         f"by {judge} {difference(marks_of(s3ft, judge), marks_of(sft, judge))} points"
         for judge in ("recall", "exact", "f1"))
     others = [name for name in methods if name not in ("base", "sft", "s3ft")]
     beside = "; ".join(
-        f"{name} {nats_with_interval(*average_paired_difference(base, methods[name], log_p_of))}"
+        f"{name} {nats_with_interval(*lost_on_human_text(methods[name], base))}"
         for name in others)
-    lines = [CLAIM, found, instructions, text, f"On the task S3FT is ahead of SFT {accuracy}."]
+    lines = [CLAIM, found, options, instructions, f"On the task S3FT is ahead of SFT {accuracy}."]
     if others:
-        lines.append(f"The other methods lose, in nats of the primary measure: {beside}.")
+        lines.append(f"The other methods lose, in nats a token of the primary measure: {beside}.")
     return lines
 
 
@@ -164,7 +167,23 @@ def answer_of(gain: tuple[float, float], lost_by_sft: float) -> str:
 
 
 def primary_table(methods: dict) -> str:
-    """What every method lost, in nats."""
+    """By how much human text became less likely, in nats a token."""
+    base = methods["base"]
+    rows = []
+    for name, models in methods.items():
+        if name == "base":
+            continue
+        each_seed = [lost_on_human_text([model], base)[0] for model in models]
+        row = [name, nats_with_interval(*lost_on_human_text(models, base))]
+        row.append(", ".join(f"{value:+.3f}" for value in each_seed))
+        row.append("" if name == "sft" else nats_with_interval(*lost_on_human_text(models, methods["sft"])))
+        row.append(nats_difference(human_text_of(models, "mbpp"), human_text_of(base, "mbpp")))
+        rows.append(row)
+    return markdown_table(["method", "GSM8K: loss", "each seed", "against SFT's", "MBPP: loss"], rows)
+
+
+def log_p_table(methods: dict) -> str:
+    """What every method lost on the benchmarks, in nats of log p of the right option."""
     base = methods["base"]
     rows = []
     for name, models in methods.items():
@@ -193,17 +212,6 @@ def ifeval_table(methods: dict) -> str:
         rows.append(row)
     metrics = [f"{metric.replace('_', ' ')} %" for metric in methods["base"][0]["ifeval"]]
     return markdown_table(["method", *metrics, "against base", "against SFT"], rows)
-
-
-def human_text_table(methods: dict) -> str:
-    rows = []
-    for name, models in methods.items():
-        own = human_text_of(models)
-        row = [name, mean_and_each([mean(model["human_text"]) for model in models], digits=3)]
-        row.append("" if name == "base" else nats_difference(own, human_text_of(methods["base"])))
-        row.append("" if name == "sft" else nats_difference(own, human_text_of(methods["sft"])))
-        rows.append(row)
-    return markdown_table(["method", "nats a token", "against base", "against SFT"], rows)
 
 
 def by_judge_table(methods: dict) -> str:

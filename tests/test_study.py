@@ -75,8 +75,18 @@ def test_forgetting_in_nats_is_paired_by_document_and_averaged_over_benchmarks()
     tuned[0]["log_p"]["mmlu"] = [-1.2, -1.4]
     center, half = study_numbers.average_paired_difference(base, tuned, study_numbers.log_p_of)
     assert center == pytest.approx(0.3 / 4) and half == pytest.approx(1.96 * 0.1 / 4, rel=1e-3)
-    table = study_report.primary_table({"base": base, "sft": tuned})
+    table = study_report.log_p_table({"base": base, "sft": tuned})
     assert "| sft | +0.075 (+0.026 to +0.124) * | +0.075 |  | +0.300 (+0.104 to +0.496) * |" in table
+
+
+def test_the_primary_measure_is_paired_by_text():
+    """GSM8K's two golds cost 0.1 and 0.3 nats a token more, MBPP's stay."""
+    base = [{"human_text": {"gsm8k": [1.0, 1.2], "mbpp": [1.0, 1.0]}}]
+    tuned = [{"human_text": {"gsm8k": [1.1, 1.5], "mbpp": [1.0, 1.0]}}]
+    center, half = study_numbers.lost_on_human_text(tuned, base)
+    assert center == pytest.approx(0.2) and half == pytest.approx(1.96 * 0.1, rel=1e-3)
+    table = study_report.primary_table({"base": base, "sft": tuned})
+    assert "| sft | +0.200 (+0.004 to +0.396) * | +0.200 |  | +0.000 (+0.000 to +0.000) |" in table
 
 
 @pytest.mark.skipif(not (DOCS / "study.md").exists(), reason="the study has not been run yet")
