@@ -155,6 +155,7 @@ def machine_of(model) -> dict:
         device = f"{model.device}, {torch.get_num_threads()} threads"
     return {
         "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d"),

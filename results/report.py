@@ -52,7 +52,7 @@ def heading(results: dict) -> list[str]:
     limit = f", first {config['limit']} rows of every split" if config["limit"] else ""
     facts = [
         machine["date"],
-        machine["device"],
+        f"{machine['device']}, {config['dtype']}",
         f"torch {machine['torch']}",
         f"transformers {machine['transformers']}",
         f"peak memory of the evaluation {machine['peak_memory_gib']} GiB",
