@@ -28,7 +28,7 @@ from tqdm import tqdm
 import judges
 import lora
 from data import Example, Task, prompt
-from engine.chat import chat_ids, end_of_turn, end_tokens, training_ids
+from engine.chat import chat_ids, end_of_turn, end_tokens, plain_ids, training_ids
 from engine.decoding import Sampling
 from engine.fingerprint import fingerprint
 from engine.model import context_length
@@ -45,7 +45,7 @@ class Limits:
     """Where a response ends, at the latest."""
 
     max_new_tokens: int
-    stop: str | None = None  # a text that ends it, such as [[DONE]]
+    stop: str | tuple[str, ...] | None = None  # a text that ends it, such as [[DONE]], or several
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,21 @@ class BaseLM:
 
 
 def respond(
-    model, tokenizer, prompts: dict[str, str], path: Path, limits: Limits, sampling: Sampling | None = None
+    model,
+    tokenizer,
+    prompts: dict[str, str],
+    path: Path,
+    limits: Limits,
+    sampling: Sampling | None = None,
+    chat: bool = True,
 ) -> dict[str, dict]:
     """A response to every prompt (id -> user turn), kept in `path`: id -> row.
 
-    What the file holds already is not made again.
+    What the file holds already is not made again. Without `chat` a prompt is a text that the model goes on
+    with, and no user turn.
     InputError: a row there answers another question (the line says what changed), or is no row of responses.
     """
-    encoded = encode_prompts(model, tokenizer, prompts)
+    encoded = encode_prompts(model, tokenizer, prompts, chat)
     digests = question_digests(model, encoded, limits, sampling)
     file = RowFile(path)
     refuse_other_questions(file, digests)
@@ -164,7 +171,7 @@ def respond(
         label = f"{path.parent.name}/{path.stem}"
         missing = {id: encoded[id] for id in ids}
         with CostMeter(path) as cost:
-            for row in stream_responses(model, tokenizer, missing, limits, label, keyed):
+            for row in stream_responses(model, tokenizer, missing, limits, label, keyed, chat):
                 file.append(row | {"digest": digests[row["id"]]})
                 cost.add(calls=1, tokens=len(row["tokens"]))
     return file.finish(prompts)
@@ -177,13 +184,15 @@ def stream_responses(
     limits: Limits,
     label: str,
     sampling: Sampling | None = None,
+    chat: bool = True,
 ) -> Iterator[dict]:
     """Responses to prompts (id -> token ids) as rows, in the order in which they finish."""
     ids = list(encoded)
     tokens, started = 0, time.monotonic()
     with tqdm(total=len(ids), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
         prompts = list(encoded.values())
-        made = generate(model, tokenizer, prompts, limits.max_new_tokens, limits.stop, sample=sampling)
+        made = generate(
+            model, tokenizer, prompts, limits.max_new_tokens, limits.stop, chat=chat, sample=sampling)
         for index, response in made:
             tokens += len(response.tokens)
             bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
@@ -192,15 +201,17 @@ def stream_responses(
             yield row | {"tokens": response.tokens, "finished": response.finished}
 
 
-def encode_prompts(model, tokenizer, prompts: dict[str, str]) -> dict[str, list[int]]:
-    """Token ids `[length]` of every prompt (id -> user turn).
+def encode_prompts(
+    model, tokenizer, prompts: dict[str, str], chat: bool = True
+) -> dict[str, list[int]]:
+    """Token ids `[length]` of every prompt (id -> user turn, or without `chat` plain text).
 
     InputError: a prompt fills the model's context. It is named by its id.
     """
     longest = context_length(model.config)
     encoded = {}
     for id, text in prompts.items():
-        ids = chat_ids(tokenizer, text)
+        ids = chat_ids(tokenizer, text) if chat else plain_ids(tokenizer, text)
         if len(ids) >= longest:
             raise InputError(
                 f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
@@ -308,7 +319,7 @@ def judge_digest(model, name: str) -> str:
     if name == "llm":
         with lora.disabled(model):
             return digest(judges.LLM_JUDGE, fingerprint(model))
-    module = inspect.getmodule(judges.JUDGES[name])
+    module = inspect.getmodule(judges.judge_named(name))
     sources = [inspect.getsource(part) for part in (module, numerals, sandbox, short_answers)]
     return digest(name, sources, sandbox.numpy_parent != "")
 

@@ -14,7 +14,8 @@ What is there already is not made again.
 
 Decided here, the paper being silent:
 1. Prompt at test time: the base model gets the predict prompt (it is "prompted"), a trained model its train
-   prompt. Where the two differ, the base model is measured under the train prompt too.
+   prompt. Where the two differ, the base model is measured under the train prompt too. On MBPP every model is
+   asked a second time in the way of bigcode-evaluation-harness, with which the paper scores (tasks/mbpp.py).
 2. Accuracy comes with Wilson's 95 % interval, a difference to SFT with McNemar's exact test over the same
    test rows.
 3. Drift is the mean of KL(base || tuned) over every token of the base model's own greedy responses, to
@@ -24,7 +25,7 @@ Decided here, the paper being silent:
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ from support import ranks, sandbox
 from support.cli import InputError, exit_cleanly
 from support.files import digest, locked, read_jsonl, write_json
 from support.stats import wilson
-from tasks import benchmarks, gsm8k, ifeval, task_of
+from tasks import benchmarks, gsm8k, ifeval, mbpp, task_of
 from tasks.benchmarks import Scoring
 
 GENERAL_TOKENS = 32  # of a response to a general prompt, at most
@@ -154,6 +155,7 @@ def machine_of(model) -> dict:
         device = f"{model.device}, {torch.get_num_threads()} threads"
     return {
         "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d"),
@@ -175,11 +177,14 @@ class Measure:
         general = read_jsonl(EXAMPLES / "general.jsonl", ("id", "prompt"))
         self.general = {row["id"]: row["prompt"] for row in general}
         self.base_scored = Scored()  # on the general benchmarks
+        self.asks_as_bigcode = task.load is mbpp.load_mbpp and task.judge == "code"
 
     def base(self) -> dict:
         """The base model's row of the report. Drift needs its responses to the general prompts."""
         folder = self.evaluation.folder("base")
         result = self.answers(self.task.predict, folder) | {"weights": fingerprint(self.model)}
+        if self.asks_as_bigcode:
+            result["bigcode"] = self.bigcode(folder / "bigcode")
         respond(self.model, self.tokenizer, self.general, folder / "general.jsonl", Limits(GENERAL_TOKENS))
         if self.evaluation.benchmarks:
             self.base_scored = self._score("base")
@@ -191,6 +196,8 @@ class Measure:
         evaluation = self.evaluation
         folder = evaluation.folder(name)
         result = self.answers(self.task.train, folder) | {"weights": fingerprint(self.model)}
+        if self.asks_as_bigcode:
+            result["bigcode"] = self.bigcode(folder / "bigcode")
         dialogues = self._base_dialogues()
         result["drift"] = kept_drift(self.model, self.tokenizer, dialogues, folder / "drift.json")
         result["training"] = run_files.read_training(evaluation.run / name)
@@ -207,19 +214,26 @@ class Measure:
         pairs = [(x, rows[x.id]["response"]) for x in self.test]
         verdicts = judge_answers(self.model, self.tokenizer, self.task, pairs, folder / "test.judged.jsonl")
 
-        correct = sum(map(bool, verdicts.values()))
-        result = {
-            "accuracy": correct / len(self.test),
-            "interval": wilson(correct, len(self.test)),
-            "n": len(self.test),
-            "length_limit_hit": sum(not row.get("finished", True) for row in rows.values()),
-            "unreadable_verdicts": sum(verdict is None for verdict in verdicts.values()),
-        }
+        result = accuracy_of(verdicts, rows)
+        result["unreadable_verdicts"] = sum(verdict is None for verdict in verdicts.values())
         if any(x.context for x in self.test):
             result["reading"] = reading_scores(pairs)
         if self.task.load is gsm8k.GSM8K.load:
             result["harness"] = harness_accuracy(pairs)
         return result
+
+    def bigcode(self, folder: Path) -> dict:
+        """Accuracy on MBPP's test rows in bigcode-evaluation-harness's way, decoded greedily.
+
+        `folder` keeps the continuations.
+        """
+        prompts = {x.id: mbpp.bigcode_prompt(x) for x in self.test}
+        limits = Limits(self.task.max_new_tokens, mbpp.BIGCODE_STOPS)
+        rows = respond(self.model, self.tokenizer, prompts, folder / "test.jsonl", limits, chat=False)
+        pairs = [(x, mbpp.bigcode_program(x, rows[x.id]["response"])) for x in self.test]
+        task = replace(self.task, judge="bigcode")
+        verdicts = judge_answers(self.model, self.tokenizer, task, pairs, folder / "test.judged.jsonl")
+        return accuracy_of(verdicts, rows)
 
     def _base_dialogues(self) -> dict[str, list[tuple]]:
         """What drift is measured over, of each kind: (user turn, the base model's response, its tokens)."""
@@ -235,6 +249,17 @@ class Measure:
         evaluation = self.evaluation
         folder = evaluation.run / name / "benchmarks"
         return score_benchmarks(self.model, self.tokenizer, evaluation, folder)
+
+
+def accuracy_of(verdicts: dict[str, bool | None], rows: dict[str, dict]) -> dict:
+    """The share of accepted responses with its interval, and how many the length limit cut off."""
+    correct = sum(map(bool, verdicts.values()))
+    return {
+        "accuracy": correct / len(verdicts),
+        "interval": wilson(correct, len(verdicts)),
+        "n": len(verdicts),
+        "length_limit_hit": sum(not row.get("finished", True) for row in rows.values()),
+    }
 
 
 def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:

@@ -338,6 +338,15 @@ JUDGES: dict[str, Callable[[Example, str], bool]] = {
     "exact": exact,
     "f1": f1,
 }
+FOR_EVALUATION: dict[str, Callable[[Example, str], bool]] = {  # no choice of a run: see tasks/mbpp.py
+    "bigcode": lambda x, program: run_tests(program, x.tests),
+}
+
+
+def judge_named(name: str) -> Callable[[Example, str], bool]:
+    return JUDGES[name] if name in JUDGES else FOR_EVALUATION[name]
+
+
 LLM_BATCH = 256  # pairs a call of the LLM judge: enough for the generator to group prompts of like length
 
 
@@ -365,9 +374,9 @@ def judge_all(name: str, pairs: Sequence[tuple[Example, str]], generate=None) ->
 
     def verdict(pair: tuple[Example, str]) -> bool:
         x, response = pair
-        return not is_blank(response) and JUDGES[name](x, response)
+        return not is_blank(response) and judge_named(name)(x, response)
 
-    if name == "code":
+    if name in ("code", "bigcode"):
         with ThreadPoolExecutor(workers()) as pool:
             yield from pool.map(verdict, pairs)
     else:

@@ -30,6 +30,7 @@ from engine.chat import check_template, training_ids
 from engine.fingerprint import fingerprint
 from engine.model import load_model, usable_device
 from engine.peft_check import check_saved
+from engine.precision import fastest_dtype
 from judges import JUDGES
 from results import config, preview
 from results.config import Comparison, Job, Machine
@@ -223,7 +224,8 @@ def parse(argv=None):
     add("--seed", type=cli.random_seed, default=0, help="LoRA's start, dropout, order of rows (%(default)s)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on cuda, else float32)")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="auto: the run's own, or bfloat16 on cuda and on a CPU that is faster so, else float32")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     return parser.parse_args(argv)
 
@@ -248,7 +250,9 @@ def job_of(args) -> Job:
 
     task = TASKS.get(args.task, CUSTOM_TASK)
     device = usable_device(args.device)
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = config.dtype_begun_with(args.out) or fastest_dtype(device, args.model, args.trust_remote_code)
     steps = args.steps or task.steps
     modules = args.target_modules
     brought = config.brought_by_a_person(files, args.prompt_file) if all(files) else []

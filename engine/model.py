@@ -232,12 +232,16 @@ def context_length(config) -> float:
     return length if length is not None and length >= 1 else math.inf
 
 
-def count_weights(name: str, trust_remote_code: bool = False) -> int:
-    """How many weights a model has, from its configuration alone: nothing is loaded."""
+def skeleton(name: str, trust_remote_code: bool = False):
+    """A model with the shapes of its weights and no numbers in them, from its configuration alone."""
     config = load_config(name, trust_remote_code)
     with loading_error_as_one_line(name), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def count_weights(name: str, trust_remote_code: bool = False) -> int:
+    """How many weights a model has. Nothing is loaded."""
+    return sum(parameter.numel() for parameter in skeleton(name, trust_remote_code).parameters())
 
 
 def reset_peak_memory() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
+from results.checks import check_config
 from support.cli import InputError
 from support.files import file_digests, read_json, write_json
 from train import AdapterSettings, TrainingSettings
@@ -97,6 +98,15 @@ def continued(job: Job) -> Job:
         before = read_settings(path, AdapterSettings) | read_settings(path, TrainingSettings)
         refuse_changes(path, {"method": job.method} | before, job.recorded(), (), "--name")
     return replace(job, shared=shared)
+
+
+def dtype_begun_with(run: Path) -> str | None:
+    """The precision of a run that goes on. None: it has not begun. InputError: its config.json is damaged."""
+    path = run / "config.json"
+    if not path.exists():
+        return None
+    check_config(read_json(path), str(path))
+    return read_settings(path, Comparison)["dtype"]
 
 
 def read_settings(path: Path, kind: type) -> dict:

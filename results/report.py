@@ -28,6 +28,7 @@ def write_report(results: dict, run: Path) -> str:
         *reading_section(results),
         *benchmarks_section(results),
         *harness_section(results),
+        *bigcode_section(results),
         *costs_section(results),
     ]
     text = "\n\n".join(parts) + "\n"
@@ -51,7 +52,7 @@ def heading(results: dict) -> list[str]:
     limit = f", first {config['limit']} rows of every split" if config["limit"] else ""
     facts = [
         machine["date"],
-        machine["device"],
+        f"{machine['device']}, {config['dtype']}",
         f"torch {machine['torch']}",
         f"transformers {machine['transformers']}",
         f"peak memory of the evaluation {machine['peak_memory_gib']} GiB",
@@ -195,6 +196,20 @@ def harness_section(results: dict) -> list[str]:
         "## GSM8K as lm-evaluation-harness reads it",
         tables.harness_table(results),
         "`strict` reads the number after `####`, a form that the paper's prompts do not ask for.",
+    ]
+
+
+def bigcode_section(results: dict) -> list[str]:
+    if "bigcode" not in results["models"]["base"]:
+        return []
+    return [
+        "## MBPP as bigcode-evaluation-harness asks it",
+        tables.bigcode_table(results),
+        "The paper scores MBPP with that harness. Its prompt is a docstring of the task and its first test, "
+        "which the model goes on with: no chat template, and not the prompt that the models were trained on. "
+        "Ours decodes greedily, as the paper does. The harness itself draws at temperature 0.2 by default. "
+        "Prompt and continuation, up to the first stop word, are run with all tests of the row, without its "
+        "setup code.",
     ]
 
 

@@ -98,6 +98,22 @@ def harness_table(results: dict) -> str:
     return markdown_table(["method", "strict %", "flexible %"], rows)
 
 
+def bigcode_table(results: dict) -> str:
+    """The paper's Table 2 beside it: its models are scored with that harness."""
+    paper = paper_row(PAPER_ACCURACY, results) or {}
+    rows = []
+    for name, model in results["models"].items():
+        if "bigcode" in model:
+            found = model["bigcode"]
+            low, high = found["interval"]
+            method = model.get("training", {}).get("method", name)
+            cells = [percent(found["accuracy"]), f"{percent(low)} to {percent(high)}"]
+            cells += [str(found["length_limit_hit"]), percent(model["accuracy"]), shown(paper.get(method))]
+            rows.append([name, *cells])
+    header = ["method", "bigcode's prompt: accuracy %", "95 % interval", "length limit hit"]
+    return markdown_table([*header, "the task's prompt (Table 2) %", "paper %"], rows)
+
+
 def training_table(results: dict) -> str:
     rows = []
     for name, model in results["models"].items():

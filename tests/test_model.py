@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from engine import precision
 from engine.attention import masked_attention, packed_attention
 from engine.forward import HeadLoss, common_prefix, split_by_tokens
 from engine.model import load_model, loading_error_as_one_line
@@ -207,3 +208,68 @@ def test_a_gated_model_is_one_line_that_says_what_to_do():
 
 def test_downloads_show_their_progress():
     assert not huggingface_hub.utils.are_progress_bars_disabled()
+
+
+# --------------------------------------------------------------------------------------------- --dtype auto
+
+
+@pytest.mark.parametrize(("float32", "bfloat16", "expected"), [
+    (1.0, 0.5, "bfloat16"), (1.2, 1.0, "bfloat16"), (1.19, 1.0, "float32"), (1.0, 1.0, "float32"), (1.0, 6.0, "float32")])
+def test_bfloat16_must_be_faster_by_a_fifth(float32, bfloat16, expected):
+    assert precision.faster_dtype(float32, bfloat16) == expected
+
+
+def large_model(folder):
+    """The configuration of a model of 12 million weights. There are none in the folder, and none are asked for."""
+    LlamaConfig(**SHAPE | dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=4, head_dim=128),
+                architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_gpu_computes_in_bfloat16_and_an_apple_one_in_float32():
+    assert precision.fastest_dtype("cuda:0", "no model") == "bfloat16"
+    assert precision.fastest_dtype("mps", "no model") == "float32"
+
+
+@pytest.mark.skipif(precision.multiplies_bfloat16(), reason="this CPU multiplies bfloat16")
+def test_a_cpu_that_imitates_bfloat16_computes_in_float32(tmp_path, monkeypatch):
+    """Torch says that it cannot. Had it said otherwise, the trial would have shown it."""
+    assert precision.fastest_dtype("cpu", "no model") == "float32"
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
+    assert precision.fastest_dtype("cpu", large_model(tmp_path)) == "float32"
+
+
+def test_the_trial_decides_where_the_cpu_has_bfloat16(tiny, tmp_path, monkeypatch):
+    timed = []
+
+    def seconds(dtype, shapes):
+        timed.append((dtype, sorted(map(tuple, shapes))))
+        return {torch.float32: 2.0, torch.bfloat16: 1.0}[dtype]
+
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "seconds_of_products", seconds)
+    assert precision.fastest_dtype("cpu", large_model(tmp_path)) == "bfloat16"
+    shapes = [(256, 512), (512, 512), (512, 1536), (1536, 512)]  # k and v, q and o, down, gate and up
+    assert timed == [(torch.float32, shapes), (torch.bfloat16, shapes)]
+
+    assert precision.fastest_dtype("cpu", str(tiny)) == "float32" and len(timed) == 2  # too small to time
+    monkeypatch.setattr(precision.ranks, "WORLD", 2)
+    assert precision.fastest_dtype("cpu", large_model(tmp_path)) == "float32" and len(timed) == 2
+
+
+@pytest.mark.parametrize(("capabilities", "expected"), [
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False), ({"avx512_bf16": True}, True),
+    ({"avx512_bf16": False, "amx_bf16": True}, True), ({"neon": True, "bf16": True}, True), ({"neon": True}, False)])
+def test_what_torch_says_of_a_cpu(capabilities, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert precision.multiplies_bfloat16() is expected
+
+
+def test_a_torch_that_says_nothing_of_a_cpu(monkeypatch):
+    """Older ones have other names for it, and another may have none."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert precision.multiplies_bfloat16()
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert not precision.multiplies_bfloat16()
