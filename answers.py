@@ -34,7 +34,7 @@ from engine.fingerprint import fingerprint
 from engine.model import context_length
 from engine.packed import log_probs
 from generate import generate
-from support import numerals, ranks, sandbox
+from support import numerals, ranks, rouge, sandbox
 from support.cli import InputError
 from support.costs import CostMeter
 from support.files import RowFile, digest
@@ -309,7 +309,7 @@ def judge_digest(model, name: str) -> str:
         with lora.disabled(model):
             return digest(judges.LLM_JUDGE, fingerprint(model))
     module = inspect.getmodule(judges.JUDGES[name])
-    sources = [inspect.getsource(part) for part in (module, numerals, sandbox)]
+    sources = [inspect.getsource(part) for part in (module, numerals, rouge, sandbox)]
     return digest(name, sources, sandbox.numpy_parent != "")
 
 

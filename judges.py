@@ -7,6 +7,8 @@ code, for MBPP: the program in the response passes every test of its row. suppor
 llm, for NQ: a language model reads the prompt of Fig. 8. True or False is read off its reply.
 recall, for short golds: every word of the gold is in the response. Where there is no answer, the
     response abstains. This judge is ours.
+rouge, for open-ended tasks: the ROUGE-L of the response and a gold is ROUGE_THRESHOLD or more. This judge is
+    ours.
 
 No judge accepts a blank response. A new judge is one function (example, response) -> bool and one entry of
 JUDGES, at the end of this file.
@@ -37,6 +39,7 @@ from data import Example, fill
 from support import ranks, sandbox
 from support.cli import InputError
 from support.numerals import last_number, same_number
+from support.rouge import rouge_l
 
 INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of controls, formats and separators
 
@@ -380,10 +383,19 @@ def leaks(paraphrase: str) -> bool:
     return text.startswith("your turn") or any(leak in text for leak in LEAKS)
 
 
+ROUGE_THRESHOLD = 0.3
+
+
+def rouge(response: str, gold: str, aliases: Sequence[str] = ()) -> bool:
+    """Does a response come near enough to a gold, by ROUGE-L? See support/rouge.py."""
+    return max(rouge_l(response, text) for text in (gold, *aliases)) >= ROUGE_THRESHOLD
+
+
 JUDGES: dict[str, Callable[[Example, str], bool]] = {
     "numeric": lambda x, response: numeric(response, x.answer),
     "code": lambda x, response: code(response, x.tests, x.setup),
     "recall": lambda x, response: recall(response, x.answer, x.unanswerable, x.aliases),
+    "rouge": lambda x, response: rouge(response, x.answer, x.aliases),
 }
 LLM_BATCH = 256  # pairs a call of the LLM judge: enough for the generator to group prompts of like length
 
