@@ -34,7 +34,7 @@ from engine.fingerprint import fingerprint
 from engine.model import context_length
 from engine.packed import log_probs
 from generate import generate
-from support import numerals, ranks, sandbox, short_answers
+from support import numerals, ranks, rouge, sandbox, short_answers
 from support.cli import InputError
 from support.costs import CostMeter
 from support.files import RowFile, digest
@@ -320,7 +320,7 @@ def judge_digest(model, name: str) -> str:
         with lora.disabled(model):
             return digest(judges.LLM_JUDGE, fingerprint(model))
     module = inspect.getmodule(judges.judge_named(name))
-    sources = [inspect.getsource(part) for part in (module, numerals, sandbox, short_answers)]
+    sources = [inspect.getsource(part) for part in (module, numerals, rouge, sandbox, short_answers)]
     return digest(name, sources, sandbox.numpy_parent != "")
 
 

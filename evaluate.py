@@ -59,7 +59,7 @@ from support import ranks, sandbox
 from support.cli import InputError, exit_cleanly
 from support.files import digest, locked, read_jsonl, write_json
 from support.stats import wilson
-from tasks import benchmarks, gsm8k, ifeval, mbpp, task_of
+from tasks import benchmarks, ifeval, mbpp, task_of
 from tasks.benchmarks import Scoring
 
 GENERAL_TOKENS = 32  # of a response to a general prompt, at most
@@ -218,8 +218,8 @@ class Measure:
         result["unreadable_verdicts"] = sum(verdict is None for verdict in verdicts.values())
         if any(x.context for x in self.test):
             result["reading"] = reading_scores(pairs)
-        if self.task.load is gsm8k.GSM8K.load:
-            result["harness"] = harness_accuracy(pairs)
+        if self.task.metrics:
+            result["metrics"] = metric_means(self.task, pairs)
         return result
 
     def bigcode(self, folder: Path) -> dict:
@@ -271,13 +271,12 @@ def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:
     return dialogues
 
 
-def harness_accuracy(pairs: list[tuple[Example, str]]) -> dict[str, float]:
-    """GSM8K as lm-evaluation-harness reads it, for published numbers. The paper's rule is `numeric`."""
-    found = {}
-    for name, read in (("strict", gsm8k.gsm8k_strict), ("flexible", gsm8k.gsm8k_flexible)):
-        correct = sum(gsm8k.gsm8k_match(read(response), x.answer) for x, response in pairs)
-        found[name] = correct / len(pairs)
-    return found
+def metric_means(task: Task, pairs: list[tuple[Example, str]]) -> dict[str, float]:
+    """The mean of each of the task's own metrics over (example, response) pairs."""
+    means = {}
+    for name, metric in task.metrics.items():
+        means[name] = sum(metric(x, response) for x, response in pairs) / len(pairs)
+    return means
 
 
 # ------------------------------------------------------------------------------ general benchmarks

@@ -25,9 +25,9 @@ def write_report(results: dict, run: Path) -> str:
         *training_section(results, run),
         *log_probability_section(results["log_probabilities"], run),
         *examples_section(results),
+        *metrics_section(results),
         *reading_section(results),
         *benchmarks_section(results),
-        *harness_section(results),
         *bigcode_section(results),
         *costs_section(results),
     ]
@@ -178,6 +178,16 @@ def examples_section(results: dict) -> list[str]:
     return parts
 
 
+def metrics_section(results: dict) -> list[str]:
+    if not all("metrics" in model for model in results["models"].values()):
+        return []
+    return [
+        "## The task's own metrics",
+        tables.metrics_table(results),
+        "Means over the test rows. They judge nothing: no row was selected by them.",
+    ]
+
+
 def reading_section(results: dict) -> list[str]:
     if not all("reading" in model for model in results["models"].values()):
         return []
@@ -186,16 +196,6 @@ def reading_section(results: dict) -> list[str]:
         tables.reading_table(results),
         "Recall, modified recall (our definition), answerability: see `results/reading_scores.py`. "
         "Recall rewards a long answer. Exact match and F1 do not: read them beside it.",
-    ]
-
-
-def harness_section(results: dict) -> list[str]:
-    if not all("harness" in model for model in results["models"].values()):
-        return []
-    return [
-        "## GSM8K as lm-evaluation-harness reads it",
-        tables.harness_table(results),
-        "`strict` reads the number after `####`, a form that the paper's prompts do not ask for.",
     ]
 
 

@@ -91,11 +91,14 @@ def reading_table(results: dict) -> str:
     return markdown_table(["method", "rows", "n", *header, "words"], rows)
 
 
-def harness_table(results: dict) -> str:
+def metrics_table(results: dict) -> str:
+    """The task's own metrics: a column each."""
     rows = []
     for name, model in results["models"].items():
-        rows.append([name, percent(model["harness"]["strict"]), percent(model["harness"]["flexible"])])
-    return markdown_table(["method", "strict %", "flexible %"], rows)
+        cells = [f"{value:.3f}" for value in model["metrics"].values()]
+        rows.append([name, *cells])
+    header = results["models"]["base"]["metrics"]
+    return markdown_table(["method", *header], rows)
 
 
 def bigcode_table(results: dict) -> str:
