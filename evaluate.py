@@ -57,8 +57,8 @@ from results.table_4 import merge_benchmarks
 from results.training_texts import TrainingTexts, describe
 from support import ranks, sandbox
 from support.cli import InputError, exit_cleanly
+from support.costs import CostMeter
 from support.files import digest, locked, read_jsonl, write_json
-from support.stats import wilson
 from tasks import benchmarks, ifeval, mbpp, task_of
 from tasks.benchmarks import Scoring
 
@@ -78,7 +78,9 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     task, (train_rows, validation_rows, test_rows) = task_of(config, machine.data)
     if task.judge == "code":
         sandbox.announce(machine.sandbox, config["numpy"])
+    started = time.monotonic()
     model, tokenizer = load_base_model(config, machine)
+    loading = time.monotonic() - started
     measure = Measure(model, tokenizer, task, test_rows, evaluation)
 
     # 1. The base model, before an adapter is in it.
@@ -94,8 +96,10 @@ def evaluate_run(evaluation: Evaluation) -> dict:
         results["unused"] = run_files.unused_answers(run, keep_unfinished, task.judge == "numeric")
         texts = TrainingTexts(task, train_rows, run, keep_unfinished)
         score = log_prob_function(model, tokenizer, task)
+        started = time.monotonic()
         results["log_probabilities"] = texts.figure_2(score)
         results["examples"] = texts.examples(score, results["log_probabilities"])
+        scoring = time.monotonic() - started
 
     # 2. Every trained one.
     names = run_files.trained_methods(run)
@@ -112,6 +116,9 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     if not evaluation.elsewhere:
         training = {name: models[name]["training"] for name in names}
         results["costs"] = run_files.read_costs(run, training)
+        for stage, seconds in (("load to evaluate", loading), ("Table 1 and Fig. 2", scoring)):
+            row = {"stage": stage, "model": "base", "calls": None, "tokens": None}
+            results["costs"].append(row | {"seconds": round(seconds, 1)})
         results["elsewhere"] = run_files.read_elsewhere(run)
     results["machine"]["peak_memory_gib"] = peak_memory_gib()
     return run_files.finite(results)
@@ -214,7 +221,7 @@ class Measure:
         pairs = [(x, rows[x.id]["response"]) for x in self.test]
         verdicts = judge_answers(self.model, self.tokenizer, self.task, pairs, folder / "test.judged.jsonl")
 
-        result = accuracy_of(verdicts, rows)
+        result = run_files.accuracy_of(verdicts, rows)
         result["unreadable_verdicts"] = sum(verdict is None for verdict in verdicts.values())
         if any(x.context for x in self.test):
             result["reading"] = reading_scores(pairs)
@@ -233,7 +240,7 @@ class Measure:
         pairs = [(x, mbpp.bigcode_program(x, rows[x.id]["response"])) for x in self.test]
         task = replace(self.task, judge="bigcode")
         verdicts = judge_answers(self.model, self.tokenizer, task, pairs, folder / "test.judged.jsonl")
-        return accuracy_of(verdicts, rows)
+        return run_files.accuracy_of(verdicts, rows)
 
     def _base_dialogues(self) -> dict[str, list[tuple]]:
         """What drift is measured over, of each kind: (user turn, the base model's response, its tokens)."""
@@ -249,17 +256,6 @@ class Measure:
         evaluation = self.evaluation
         folder = evaluation.run / name / "benchmarks"
         return score_benchmarks(self.model, self.tokenizer, evaluation, folder)
-
-
-def accuracy_of(verdicts: dict[str, bool | None], rows: dict[str, dict]) -> dict:
-    """The share of accepted responses with its interval, and how many the length limit cut off."""
-    correct = sum(map(bool, verdicts.values()))
-    return {
-        "accuracy": correct / len(verdicts),
-        "interval": wilson(correct, len(verdicts)),
-        "n": len(verdicts),
-        "length_limit_hit": sum(not row.get("finished", True) for row in rows.values()),
-    }
 
 
 def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:
@@ -342,7 +338,11 @@ def kept_drift(model, tokenizer, dialogues: dict[str, list], path: Path) -> dict
     made_of = digest(dialogues, fingerprint(model))
     found = run_files.read_drift(path, dialogues, made_of)
     if found is None:
-        found = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
+        found = {}
+        with CostMeter(path) as cost:
+            for kind, turns in dialogues.items():
+                found[kind] = kl_drift(model, tokenizer, turns)
+                cost.add(calls=len(ranks.share(turns)))
         write_json(path, {"digest": made_of} | found)
     return found
 

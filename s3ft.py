@@ -109,7 +109,9 @@ def run(job: Job) -> None:
         return
 
     # 1. Load everything, and refuse what cannot work before hours of generation.
+    started = time.monotonic()
     task, (D, validation, _), model, tokenizer = load(job)
+    loading = {"loading_minutes": round((time.monotonic() - started) / 60, 2)}
 
     # 2. Lines 2 to 15 of Algorithm 1: build D'.
     base = BaseLM(model, tokenizer, task, job.run, job.shared.keep_unfinished)
@@ -125,7 +127,8 @@ def run(job: Job) -> None:
         wrong_in_peft = check_saved(model, job.folder)
         if wrong_in_peft:
             print(wrong_in_peft)
-        write_json(job.folder / "training.json", summary(progress, job.method, sources, job.training))
+        found = summary(progress, job.method, sources, job.training)
+        write_json(job.folder / "training.json", found | loading)
         (job.folder / "checkpoint.pt").unlink()
 
 

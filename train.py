@@ -63,6 +63,7 @@ class Progress:
     best_step: int = 0
     best_accuracy: float = -1.0  # on the validation rows
     seconds: float = 0.0  # of the steps alone
+    validation_seconds: float = 0.0
     tokens: int = 0  # of prompts and targets
 
 
@@ -108,7 +109,9 @@ def train(
 
         # 3. Validate, and keep what a run that dies here must go on from.
         if progress.step % settings.eval_every == 0 or progress.step == settings.steps:
+            started = time.monotonic()
             accuracy = validate(model, tokenizer, task, validation)
+            progress.validation_seconds += time.monotonic() - started
             log(folder, step=progress.step, validation=accuracy)
             if accuracy > progress.best_accuracy:
                 progress.best_step = progress.step
@@ -245,6 +248,7 @@ def summary(progress: Progress, method: str, sources: dict[str, int], settings: 
         "step": progress.best_step,
         "validation": progress.best_accuracy,
         "minutes": round(progress.seconds / 60, 2),
+        "validation_minutes": round(progress.validation_seconds / 60, 2),
         "tokens": progress.tokens,
         "tokens_per_second": round(progress.tokens / progress.seconds),
         "peak_memory_gib": peak_memory_gib(),

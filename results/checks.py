@@ -57,6 +57,8 @@ TRAINING = {  # training.json of a method; an older one says less
     "step": int | None,
     "validation": NUMBER_OR_NONE,
     "minutes": NUMBER_OR_NONE,
+    "validation_minutes": NUMBER_OR_NONE,
+    "loading_minutes": NUMBER_OR_NONE,
     "tokens": int | None,
     "tokens_per_second": NUMBER_OR_NONE,
     "peak_memory_gib": NUMBER_OR_NONE,

@@ -220,8 +220,9 @@ def costs_section(results: dict) -> list[str]:
         "## What D' costs",
         tables.costs_table(results),
         "Every call of a stage, and the tokens that it generated. Of training, its steps and the tokens of "
-        "prompts and targets, without the answers to validation rows. The base model's answers are made once "
-        "and serve every method. With torchrun the minutes are those of the process that took longest. "
-        "Not counted: validation, drift, the scored general benchmarks, and what another engine made. "
-        "The paper: one A100 80 GB, predictions with vLLM.",
+        "prompts and targets. `load` is reading and checking the rows, loading the model and its trial. The "
+        "base model's answers are made once and serve every method. `evaluate` is the answers to test rows, "
+        "with their verdicts. Loading, Table 1 and Fig. 2 of an evaluation are those of its last call. With "
+        "torchrun the minutes are those of the process that took longest. Not counted: what another engine "
+        "made, and the loading of a run that was killed. The paper: one A100 80 GB, predictions with vLLM.",
     ]

@@ -135,14 +135,15 @@ def costs_table(results: dict) -> str:
     minutes = paper_row(PAPER_PREDICTION_MINUTES, results)
     if minutes:
         paper["predict"] = str(minutes)
-    rows, seconds = [], 0.0
+    whole = sum(row["seconds"] for row in results["costs"])
+    rows = []
     for row in results["costs"]:
-        seconds += row["seconds"]
-        cells = [str(row["calls"]), str(row["tokens"]), f"{row['seconds'] / 60:.1f}"]
+        share = row["seconds"] / whole if whole else 0.0
+        cells = [shown(row["calls"]), shown(row["tokens"]), f"{row['seconds'] / 60:.1f}", percent(share)]
         rows.append([row["stage"], row["model"], *cells, paper.get(row["stage"], "")])
-    whole = f"at most {PAPER_CYCLE_MINUTES} for one method"
-    rows.append(["all of these", "", "", "", f"{seconds / 60:.1f}", whole])
-    return markdown_table(["stage", "model", "calls", "tokens", "minutes", "the paper's minutes"], rows)
+    cycle = f"at most {PAPER_CYCLE_MINUTES} for one method"
+    rows.append(["all of these", "", "", "", f"{whole / 60:.1f}", "100.0", cycle])
+    return markdown_table(["stage", "model", "calls", "tokens", "minutes", "%", "the paper's minutes"], rows)
 
 
 # ------------------------------------------------------------------------------ several runs

@@ -173,6 +173,7 @@ def test_a_report_with_general_benchmarks_shows_the_drop(run, tmp_path, monkeypa
         assert models["sft"]["benchmarks"]["drop"][name]["drop"] == pytest.approx(accuracy[0] - accuracy[1])
     report = (run / "report.md").read_text()
     assert "| method | winogrande | hellaswag | average |" in report
+    assert "| general benchmarks | sft | 6 | 0 |" in report
 
     log_p = {}
     for who in ("base", "sft"):

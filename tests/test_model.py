@@ -1,5 +1,6 @@
 """Packed rows against one row at a time: the same logits, loss and gradients for every kind of model."""
 
+import copy
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -8,17 +9,20 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
 
 from engine import precision
-from engine.attention import masked_attention, packed_attention
+from engine.attention import masked_attention, packed_attention, reach_of
 from engine.forward import HeadLoss, common_prefix, split_by_tokens
 from engine.model import load_model, loading_error_as_one_line
 from engine.packed import log_probs, target_logits, target_loss
@@ -80,6 +84,47 @@ def test_a_shared_prefix_is_computed_once():
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
     target_logits(model, PREFIXED, share_prefix=True)
     assert lengths == [sum(len(ids) for ids, _ in PREFIXED) - 3 * 4]
+
+
+WINDOW = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+WITH_WINDOWS = [MistralConfig(**SHAPE, sliding_window=5), Phi3Config(**SHAPE, sliding_window=5),
+                Qwen2Config(**SHAPE, sliding_window=5, use_sliding_window=True, max_window_layers=1),
+                Gemma3TextConfig(**SHAPE, **WINDOW), Cohere2Config(**SHAPE, **WINDOW), Olmo3Config(**SHAPE, **WINDOW)]
+
+
+@pytest.mark.parametrize("shared", [3, 9])
+@pytest.mark.parametrize("config", WITH_WINDOWS, ids=lambda c: c.model_type)
+def test_windows_are_packed_and_share_a_prefix(config, shared):
+    """Prefixes within the window and beyond it: the tokens are computed once, logits and gradients are each row's own."""
+    prefix = list(range(20, 20 + shared))
+    rows = [(prefix + ids, [False] * shared + is_target) for ids, is_target in random_rows()]
+    model, alone = model_of(config, "rows"), model_of(copy.deepcopy(config), "eager")
+    assert ways_of(model).shared_prefix
+    lengths = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+    logits, _ = target_logits(model, rows, share_prefix=True)
+    assert lengths == [sum(len(ids) for ids, _ in rows) - 3 * shared]
+
+    expected = torch.cat([found for found, _ in one_at_a_time(alone, rows)])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    for found in (logits, expected):
+        found.square().mean().backward()
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_mask_shows():
+    """Rows of 3 and 6 tokens: causal, under windows, and under masks that are neither."""
+    rows = [0] * 3 + [1] * 6
+    here, there = torch.arange(9)[:, None], torch.arange(9)
+    same_row = torch.tensor(rows)[:, None] == torch.tensor(rows)
+    causal = (there <= here) & same_row
+    chunks = causal & (here // 4 == there // 4)
+    for mask, window, reach in [(causal, None, 9), (causal, 4, 9), (causal & (there > here - 4), 4, 4),
+                                (causal & (there > here - 4), 3, None), (causal & (there > here - 4), None, None),
+                                (there <= here, None, 9), (chunks, 4, None), (chunks, None, None)]:
+        assert reach_of(mask[None, None].clone(), [3, 6], 0, window) == reach
+    assert reach_of(None, [3, 6], 0, 4) == 9
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])

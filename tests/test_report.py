@@ -19,6 +19,7 @@ from results.run_files import (
     unused_answers,
 )
 from results.table_4 import benchmarks_table, mean_drop, merge_benchmarks
+from results.tables import costs_table
 from support.cli import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
 
@@ -138,6 +139,21 @@ def test_costs_are_summed_over_calls(tmp_path):
     assert ("judge predictions", "base") in found
 
 
+def test_every_stage_of_a_run_is_among_its_costs(tmp_path):
+    row = {"calls": 2, "tokens": 0, "seconds": 1.5}
+    write_jsonl(tmp_path / "sft" / "costs.jsonl", [row | {"stage": "drift"}, row | {"stage": "drift"}])
+    scored = [row | {"stage": "benchmarks"}, row | {"stage": "ifeval"}]
+    write_jsonl(tmp_path / "sft" / "benchmarks" / "costs.jsonl", scored)
+    training = {"minutes": 2.0, "steps": 5, "tokens": 100, "validation_minutes": 1.0, "loading_minutes": 0.5}
+    found = {(row["stage"], row["model"]): row for row in read_costs(tmp_path, {"sft": training})}
+    seconds = {name: row["seconds"] for name, row in found.items()}
+    assert seconds == {("load", "sft"): 30, ("train", "sft"): 120, ("validate", "sft"): 60, ("drift", "sft"): 3,
+                       ("general benchmarks", "sft"): 1.5, ("evaluate", "sft/benchmarks"): 1.5}
+    assert found["validate", "sft"]["calls"] is None and found["drift", "sft"]["calls"] == 4
+    table = costs_table({"config": {"task": "custom", "model": "M"}, "costs": list(found.values())})
+    assert "| validate | sft |  |  | 1.0 | 27.8 |  |" in table and "| 3.6 | 100.0 |" in table
+
+
 def test_processes_that_work_side_by_side_cost_the_time_of_the_slowest(tmp_path):
     """Rank 0 takes 2 + 3 seconds, rank 1 takes 4."""
     row = {"stage": "predictions", "calls": 1, "tokens": 10}
@@ -198,7 +214,9 @@ def test_the_report_shows_a_row_of_each_branch_notes_and_costs(run):
         assert row["response"] == row["gold"]  # these responses are the gold's own text
     report = (run / "report.md").read_text()
     assert "sft: Nothing was selected." in report and "## What D' costs" in report
-    assert {row["stage"] for row in results["costs"]} >= {"train", "evaluate"}
+    assert {row["stage"] for row in results["costs"]} >= {
+        "load", "train", "validate", "evaluate", "drift", "load to evaluate", "Table 1 and Fig. 2"}
+    assert "| validate | sft |  |  | " in report
 
 
 def test_show_prints_a_row_and_refuses_an_unknown_one(run, capsys):
