@@ -15,12 +15,13 @@ of turn where the stop string ended them. Judges and people see the text. `diges
 prompt, limits and sampling, and model. A file made elsewhere needs `id` and `response` alone.
 """
 
+import contextlib
 import inspect
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,7 +30,7 @@ import judges
 import lora
 from data import Example, Task, prompt
 from engine.chat import chat_ids, end_of_turn, end_tokens, training_ids
-from engine.decoding import Sampling
+from engine.decoding import Limits, Response, Sampling
 from engine.fingerprint import fingerprint
 from engine.model import context_length
 from engine.packed import log_probs
@@ -38,14 +39,6 @@ from support import numerals, ranks, sandbox
 from support.cli import InputError
 from support.costs import CostMeter
 from support.files import RowFile, digest
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where a response ends, at the latest."""
-
-    max_new_tokens: int
-    stop: str | None = None  # a text that ends it, such as [[DONE]]
 
 
 @dataclass(frozen=True)
@@ -69,15 +62,27 @@ class BaseLM:
 
     The run folder keeps every response and verdict, so that none is made twice.
     A response that the length limit cut off is not accepted, unless `keep_unfinished` asks for the paper's
-    letter.
+    letter. `responder` answers in the model's place, and `judge` is asked by the LLM judge. Both are the
+    model itself where none is given.
     """
 
-    def __init__(self, model, tokenizer, task: Task, run: Path, keep_unfinished: bool = False):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        task: Task,
+        run: Path,
+        keep_unfinished: bool = False,
+        responder=None,
+        judge=None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
         self.run = run
         self.keep_unfinished = keep_unfinished
+        self.responder = responder or LocalModel(model, tokenizer)
+        self.judge = judge or LocalModel(model, tokenizer, adapter=False)
 
     def gold(self, x: Example) -> str:
         return self.task.gold(x)
@@ -119,10 +124,9 @@ class BaseLM:
         """Judged answers to prompts (id -> user turn) of any kind, kept in RUN/`kind`.jsonl. id -> Answer."""
         limits = Limits(self.task.max_new_tokens, self.task.stop)
         path = self.run / f"{kind}.jsonl"
-        rows = respond(self.model, self.tokenizer, prompts, path, limits, sampling)
+        rows = respond(self.responder, prompts, path, limits, sampling)
         pairs = [(x, rows[x.id]["response"]) for x in D]
-        judged = path.with_suffix(".judged.jsonl")
-        verdicts = judge_answers(self.model, self.tokenizer, self.task, pairs, judged)
+        verdicts = judge_answers(self.judge, self.task, pairs, path.with_suffix(".judged.jsonl"))
 
         answers = {}
         for x in D:
@@ -142,19 +146,74 @@ class BaseLM:
         return tuple(tokens)
 
 
+# ------------------------------------------------------------------------------ who answers
+
+
+class LocalModel:
+    """A loaded model that answers user turns (generate.py).
+
+    Without `adapter` the base model answers, also inside a trained one (A.5).
+    """
+
+    name = None  # verdicts name a judge that is another model
+
+    def __init__(self, model, tokenizer, adapter: bool = True):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.adapter = adapter
+
+    def weights(self):
+        """Inside this `with` block the model computes with the weights that are asked."""
+        return contextlib.nullcontext() if self.adapter else lora.disabled(self.model)
+
+    def identity(self) -> str:
+        """16 digits that tell these weights from others."""
+        with self.weights():
+            return fingerprint(self.model)
+
+    def encode(self, prompts: dict[str, str]) -> dict[str, list[int]]:
+        """Token ids `[length]` of every prompt (id -> user turn).
+
+        InputError: a prompt fills the model's context. It is named by its id.
+        """
+        longest = context_length(self.model.config)
+        encoded = {}
+        for id, text in prompts.items():
+            ids = chat_ids(self.tokenizer, text)
+            if len(ids) >= longest:
+                raise InputError(
+                    f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
+            encoded[id] = ids
+        return encoded
+
+    def generate(
+        self, encoded: dict[str, list[int]], limits: Limits, sampling: Sampling | None = None
+    ) -> Iterator[tuple[str, Response]]:
+        """(id, response) of every prompt that `encode` gave, each as soon as it is finished."""
+        ids = list(encoded)
+        prompts = list(encoded.values())
+        with self.weights():
+            made = generate(self.model, self.tokenizer, prompts, *astuple(limits), sample=sampling)
+            for index, response in made:
+                yield ids[index], response
+
+    def release(self) -> None:
+        """It stays in memory: it is the model that is trained or evaluated."""
+
+
 # ------------------------------------------------------------------------------ responses
 
 
 def respond(
-    model, tokenizer, prompts: dict[str, str], path: Path, limits: Limits, sampling: Sampling | None = None
+    responder, prompts: dict[str, str], path: Path, limits: Limits, sampling: Sampling | None = None
 ) -> dict[str, dict]:
     """A response to every prompt (id -> user turn), kept in `path`: id -> row.
 
     What the file holds already is not made again.
     InputError: a row there answers another question (the line says what changed), or is no row of responses.
     """
-    encoded = encode_prompts(model, tokenizer, prompts)
-    digests = question_digests(model, encoded, limits, sampling)
+    encoded = responder.encode(prompts)
+    digests = question_digests(responder, encoded, limits, sampling)
     file = RowFile(path)
     refuse_other_questions(file, digests)
     ids = file.missing(prompts)
@@ -164,48 +223,31 @@ def respond(
         label = f"{path.parent.name}/{path.stem}"
         missing = {id: encoded[id] for id in ids}
         with CostMeter(path) as cost:
-            for row in stream_responses(model, tokenizer, missing, limits, label, keyed):
-                file.append(row | {"digest": digests[row["id"]]})
-                cost.add(calls=1, tokens=len(row["tokens"]))
+            for id, response in stream_responses(responder, missing, limits, label, keyed):
+                file.append(row_of(id, response) | {"digest": digests[id]})
+                cost.add(calls=1, tokens=response.length)
     return file.finish(prompts)
 
 
+def row_of(id: str, response: Response) -> dict:
+    """A response as its file keeps it. A served one has no tokens."""
+    row = {"id": id, "response": response.text}
+    if response.tokens is not None:
+        row["tokens"] = response.tokens
+    return row | {"finished": response.finished}
+
+
 def stream_responses(
-    model,
-    tokenizer,
-    encoded: dict[str, list[int]],
-    limits: Limits,
-    label: str,
-    sampling: Sampling | None = None,
-) -> Iterator[dict]:
-    """Responses to prompts (id -> token ids) as rows, in the order in which they finish."""
-    ids = list(encoded)
+    responder, encoded: dict, limits: Limits, label: str, sampling: Sampling | None = None
+) -> Iterator[tuple[str, Response]]:
+    """(id, response) of every encoded prompt, in the order in which they finish, beside a progress bar."""
     tokens, started = 0, time.monotonic()
-    with tqdm(total=len(ids), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
-        prompts = list(encoded.values())
-        made = generate(model, tokenizer, prompts, limits.max_new_tokens, limits.stop, sample=sampling)
-        for index, response in made:
-            tokens += len(response.tokens)
+    with tqdm(total=len(encoded), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
+        for id, response in responder.generate(encoded, limits, sampling):
+            tokens += response.length
             bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
             bar.update()
-            row = {"id": ids[index], "response": response.text}
-            yield row | {"tokens": response.tokens, "finished": response.finished}
-
-
-def encode_prompts(model, tokenizer, prompts: dict[str, str]) -> dict[str, list[int]]:
-    """Token ids `[length]` of every prompt (id -> user turn).
-
-    InputError: a prompt fills the model's context. It is named by its id.
-    """
-    longest = context_length(model.config)
-    encoded = {}
-    for id, text in prompts.items():
-        ids = chat_ids(tokenizer, text)
-        if len(ids) >= longest:
-            raise InputError(
-                f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
-        encoded[id] = ids
-    return encoded
+            yield id, response
 
 
 # ------------------------------------------------------------------------------ what a kept row answers
@@ -214,16 +256,16 @@ PARTS_OF_A_QUESTION = ("prompt", "limits or sampling", "model")  # in the order 
 
 
 def question_digests(
-    model, encoded: dict[str, list[int]], limits: Limits, sampling: Sampling | None
+    responder, encoded: dict, limits: Limits, sampling: Sampling | None
 ) -> dict[str, str]:
     """id -> what makes the response, as three digests.
 
-    They are of the prompt's tokens, of limits and sampling, and of the model.
+    They are of the encoded prompt, of limits and sampling, and of the model.
     """
     drawn = [sampling.temperature, sampling.top_p, sampling.seed] if sampling else None
     how = digest(limits.max_new_tokens, limits.stop, drawn)[:8]
-    who = fingerprint(model)[:8]
-    return {id: f"{digest(ids)[:8]}-{how}-{who}" for id, ids in encoded.items()}
+    who = responder.identity()[:8]
+    return {id: f"{digest(asked)[:8]}-{how}-{who}" for id, asked in encoded.items()}
 
 
 def refuse_other_questions(file: RowFile, digests: dict[str, str]) -> None:
@@ -270,18 +312,18 @@ def note(line: str) -> None:
 
 
 def judge_answers(
-    model, tokenizer, task: Task, pairs: list[tuple[Example, str]], path: Path
+    judge, task: Task, pairs: list[tuple[Example, str]], path: Path
 ) -> dict[str, bool | None]:
-    """The judge's verdict on every (example, response): id -> accepted.
+    """The verdict of the task's judge on every (example, response): id -> accepted.
 
-    None stands for a verdict that could not be read.
+    The LLM judge asks the model `judge`. None stands for a verdict that could not be read.
     Kept in `path` with a digest of response, gold, tests and judge. A verdict on anything else is made anew.
     """
-    judge = judge_digest(model, task.judge)
+    made_by = judge_digest(judge, task.judge)
     digests = {}
     for x, response in pairs:
         gold = [x.question, x.answer, list(x.aliases), x.unanswerable, list(x.tests), x.setup]
-        digests[x.id] = digest(response, gold, judge)
+        digests[x.id] = digest(response, gold, made_by)
 
     file = RowFile(path)
     stale = [id for id, row in file.rows.items() if id in digests and row.get("digest") != digests[id]]
@@ -295,56 +337,56 @@ def judge_answers(
 
     if todo:
         bar = tqdm(todo, desc=f"{path.parent.name}/{path.stem}", unit="row")
+        named = {"judge": judge.name} if task.judge == "llm" and judge.name else {}
         with CostMeter(path) as cost:
-            verdicts = judges.judge_all(task.judge, todo, ask_base_model(model, tokenizer, cost))
+            verdicts = judges.judge_all(task.judge, todo, replies_of(judge, cost))
             for (x, _), accepted in zip(bar, verdicts, strict=True):
-                file.append({"id": x.id, "accepted": accepted, "digest": digests[x.id]})
+                file.append({"id": x.id, "accepted": accepted, "digest": digests[x.id]} | named)
                 cost.add(calls=1)
+        judge.release()
     return {id: row["accepted"] for id, row in file.finish(digests).items()}
 
 
-def judge_digest(model, name: str) -> str:
-    """What a judge is: its prompt and the base model, or the source of its function and of what that uses."""
+def judge_digest(judge, name: str) -> str:
+    """What a judge is: its prompt and its model, or the source of its function and of what that uses."""
     if name == "llm":
-        with lora.disabled(model):
-            return digest(judges.LLM_JUDGE, fingerprint(model))
+        return digest(judges.LLM_JUDGE, judge.identity())
     module = inspect.getmodule(judges.JUDGES[name])
     sources = [inspect.getsource(part) for part in (module, numerals, sandbox)]
     return digest(name, sources, sandbox.numpy_parent != "")
 
 
-def selection_digest(model, task: Task, method, keep_unfinished: bool) -> str:
+def selection_digest(base: BaseLM, method) -> str:
     """What D' is made by: the method's source, the task's prompts and gold, and the judge."""
+    task = base.task
     function = getattr(method, "func", method)  # of a functools.partial
     sources = [inspect.getsource(function), inspect.getsource(task.gold)]
     templates = [task.predict, task.train, task.paraphrase]
-    return digest(sources, templates, judge_digest(model, task.judge), keep_unfinished)
+    return digest(sources, templates, judge_digest(base.judge, task.judge), base.keep_unfinished)
 
 
-def ask_base_model(model, tokenizer, cost: CostMeter | None = None):
-    """What the LLM judge asks: the base model, also inside a trained one (A.5)."""
+def replies_of(judge, cost: CostMeter | None = None):
+    """What the LLM judge asks: a function that gives a list of replies of a model for a list of prompts."""
 
     def ask(prompts: list[str]) -> list[str]:
-        named = {f"{i} of the LLM judge": text for i, text in enumerate(prompts, 1)}
-        encoded = list(encode_prompts(model, tokenizer, named).values())
-        with lora.disabled(model):
-            replies = dict(generate(model, tokenizer, encoded, JUDGE_LIMITS.max_new_tokens))
+        encoded = judge.encode({f"{i} of the LLM judge": text for i, text in enumerate(prompts, 1)})
+        replies = dict(judge.generate(encoded, JUDGE_LIMITS))
         if cost:
-            cost.add(tokens=sum(len(reply.tokens) for reply in replies.values()))
-        return [replies[i].text for i in range(len(prompts))]
+            cost.add(tokens=sum(reply.length for reply in replies.values()))
+        return [replies[id].text for id in encoded]
 
     return ask
 
 
-def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
+def validate(model, tokenizer, task: Task, examples: list[Example], judge) -> float:
     """Accuracy of a model in training, by the task's judge. Nothing is kept."""
     mine = ranks.share(examples)
-    encoded = encode_prompts(model, tokenizer, {x.id: prompt(task.train, x) for x in mine})
+    trained = LocalModel(model, tokenizer)
+    encoded = trained.encode({x.id: prompt(task.train, x) for x in mine})
     limits = Limits(task.max_new_tokens, task.stop)
-    responses = {}
-    for row in stream_responses(model, tokenizer, encoded, limits, "validation"):
-        responses[row["id"]] = row["response"]
-    pairs = [(x, responses[x.id]) for x in mine]
-    verdicts = judges.judge_all(task.judge, pairs, ask_base_model(model, tokenizer))
-    (correct,) = ranks.totals(sum(verdict is True for verdict in verdicts))
+    responses = dict(stream_responses(trained, encoded, limits, "validation"))
+    pairs = [(x, responses[x.id].text) for x in mine]
+    verdicts = list(judges.judge_all(task.judge, pairs, replies_of(judge)))
+    judge.release()
+    (correct,) = ranks.totals(verdicts.count(True))
     return correct / len(examples)

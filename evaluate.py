@@ -31,9 +31,10 @@ import torch
 import transformers
 
 import lora
-from answers import Limits, judge_answers, note, respond
+from answers import LocalModel, judge_answers, note, respond
 from data import EXAMPLES, Example, Task, prompt
 from engine.chat import training_ids
+from engine.decoding import Limits
 from engine.drift import kl_drift
 from engine.fingerprint import fingerprint
 from engine.model import load_model, peak_memory_gib
@@ -169,6 +170,8 @@ class Measure:
     def __init__(self, model, tokenizer, task: Task, test: list[Example], evaluation: Evaluation):
         self.model = model
         self.tokenizer = tokenizer
+        self.local = LocalModel(model, tokenizer)
+        self.judge = LocalModel(model, tokenizer, adapter=False)
         self.task = task
         self.test = test
         self.evaluation = evaluation
@@ -180,7 +183,7 @@ class Measure:
         """The base model's row of the report. Drift needs its responses to the general prompts."""
         folder = self.evaluation.folder("base")
         result = self.answers(self.task.predict, folder) | {"weights": fingerprint(self.model)}
-        respond(self.model, self.tokenizer, self.general, folder / "general.jsonl", Limits(GENERAL_TOKENS))
+        respond(self.local, self.general, folder / "general.jsonl", Limits(GENERAL_TOKENS))
         if self.evaluation.benchmarks:
             self.base_scored = self._score("base")
             result["benchmarks"] = {"scores": self.base_scored.scores}
@@ -203,9 +206,9 @@ class Measure:
         """Accuracy on the test rows under a prompt, and what was counted. `folder` keeps the answers."""
         prompts = {x.id: prompt(template, x) for x in self.test}
         limits = Limits(self.task.max_new_tokens, self.task.stop)
-        rows = respond(self.model, self.tokenizer, prompts, folder / "test.jsonl", limits)
+        rows = respond(self.local, prompts, folder / "test.jsonl", limits)
         pairs = [(x, rows[x.id]["response"]) for x in self.test]
-        verdicts = judge_answers(self.model, self.tokenizer, self.task, pairs, folder / "test.judged.jsonl")
+        verdicts = judge_answers(self.judge, self.task, pairs, folder / "test.judged.jsonl")
 
         correct = sum(map(bool, verdicts.values()))
         result = {
@@ -290,7 +293,7 @@ def grade_ifeval(model, tokenizer, data: str, folder: Path, scoring: Scoring) ->
     rows = ifeval.rows(Path(data), scoring.limit, scoring.sampled)
     prompts = {str(row["key"]): row["prompt"] for row in rows}
     limits = Limits(ifeval.MAX_NEW_TOKENS)
-    responses = respond(model, tokenizer, prompts, folder / "ifeval.jsonl", limits)
+    responses = respond(LocalModel(model, tokenizer), prompts, folder / "ifeval.jsonl", limits)
     return [ifeval.grade(checkers, row, responses[str(row["key"])]["response"]) for row in rows]
 
 

@@ -20,11 +20,12 @@ Where we deviate from the paper, or it is silent:
 import argparse
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import lora
-from answers import Answer, BaseLM, selection_digest
-from data import prompt
+from answers import Answer, BaseLM, selection_digest, validate
+from data import Splits, prompt
 from engine import trial
 from engine.chat import check_template, training_ids
 from engine.fingerprint import fingerprint
@@ -108,17 +109,18 @@ def run(job: Job) -> None:
         return
 
     # 1. Load everything, and refuse what cannot work before hours of generation.
-    task, (D, validation, _), model, tokenizer = load(job)
+    (D, validation, _), base = load(job)
+    model, tokenizer = base.model, base.tokenizer
 
     # 2. Lines 2 to 15 of Algorithm 1: build D'.
-    base = BaseLM(model, tokenizer, task, job.run, job.shared.keep_unfinished)
     with lora.disabled(model):
         rows = build(METHODS[job.method], D, base, job.folder / "train.jsonl")
     sources = count_sources(rows, job.folder.name)  # Table 3
 
     # 3. Line 16: train on D'.
     encoded = [training_ids(tokenizer, row["prompt"], row["response"], row.get("tokens")) for row in rows]
-    progress = train(model, tokenizer, task, encoded, validation, job.folder, job.training)
+    accuracy = partial(validate, model, tokenizer, base.task, validation, base.judge)
+    progress = train(model, encoded, accuracy, job.folder, job.training)
     if ranks.RANK == 0:
         lora.load(model, job.folder)  # the best adapter, which need not be the last
         wrong_in_peft = check_saved(model, job.folder)
@@ -128,8 +130,8 @@ def run(job: Job) -> None:
         (job.folder / "checkpoint.pt").unlink()
 
 
-def load(job: Job):
-    """(task, splits, model, tokenizer), with LoRA in the model. Only a job that can work marks the folder."""
+def load(job: Job) -> tuple[Splits, BaseLM]:
+    """The rows, and the base model with LoRA in it. Only a job that can work marks the folder."""
     shared, machine = job.shared, job.machine
     task, splits, tokenizer, rehearsal = preview.rehearse(METHODS[job.method], job)
     for line in (*preview.plan(task, splits, rehearsal, job), *preview.warnings(task, splits)):
@@ -149,9 +151,9 @@ def load(job: Job):
     for line in (*check_template(model, tokenizer), *trial.check(model, bf16=job.training.bf16)):
         print(line, flush=True)
 
-    made_by = selection_digest(model, task, METHODS[job.method], shared.keep_unfinished)
-    config.keep_config(job, weights, made_by)
-    return task, splits, model, tokenizer
+    base = BaseLM(model, tokenizer, task, job.run, shared.keep_unfinished)
+    config.keep_config(job, weights, made_by=selection_digest(base, METHODS[job.method]))
+    return splits, base
 
 
 def build(method, D, base: BaseLM, path: Path) -> list[dict]:

@@ -44,8 +44,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import s3ft
-from answers import Limits, judge_answers, respond
+from answers import LocalModel, judge_answers, respond
 from data import Example, fill, prompt
+from engine.decoding import Limits
 from engine.model import load_model
 from examples.ifd import ScoredPair, Scores, as_instruction, score, score_all, score_command
 from support.cli import InputError, exit_cleanly, one_line_error, positive_float, positive_int
@@ -173,7 +174,7 @@ def judge_old_questions(base, pairs: Pairs, trace: dict[str, dict], folder: Path
     for id, row in trace.items():
         if row["emitted"] and row["phase_1"] != "accepted":
             checked.append(pairs[id])
-    verdicts = judge_answers(base.model, base.tokenizer, base.task, checked, folder / "reflect.judged.jsonl")
+    verdicts = judge_answers(base.judge, base.task, checked, folder / "reflect.judged.jsonl")
     for id, accepted in verdicts.items():
         trace[id]["judged"] = accepted
 
@@ -324,7 +325,7 @@ class Teacher:
         if self.settings.teacher and not self.other and prompts.keys() - answered:
             self.other = self.load()
         model, tokenizer = self.other or (self.base.model, self.base.tokenizer)
-        rows = respond(model, tokenizer, prompts, path, Limits(REPLY_TOKENS))
+        rows = respond(LocalModel(model, tokenizer), prompts, path, Limits(REPLY_TOKENS))
         return {id: row["response"] for id, row in rows.items()}
 
     def load(self):

@@ -151,6 +151,7 @@ class Base:
     def __init__(self, model, tokenizer, run, task=CUSTOM_TASK):
         self.model, self.tokenizer, self.run = model, tokenizer, run
         self.task = replace(task, judge="numeric")
+        self.judge = answers.LocalModel(model, tokenizer, adapter=False)
 
     def gold(self, x):
         return x.answer
@@ -329,7 +330,7 @@ def test_a_row_with_tests_keeps_its_question_and_is_judged(loaded, tmp_path, mon
     give(tmp_path, "reflect_instructions.retry", {"b": "nothing"})
     give(tmp_path, "reflect_responses", {"a": "[Better Answer] def f(x): return 1 + x [End]", "b": "[Better Answer] 4 [End]"})
     scripted(monkeypatch, {"def f(x): return 1 + x": (0.9, 0.8), "def g(): pass": (0.95, 0.1)})
-    monkeypatch.setattr(reflect, "judge_answers", lambda model, tokenizer, task, rows, path:
+    monkeypatch.setattr(reflect, "judge_answers", lambda judge, task, rows, path:
                         {x.id: x.tests == tests for x, _ in rows})
     ((x, y, _),) = reflect.reflect([code, D[1]], Base(*loaded, tmp_path))
     assert (x, y) == (code, "def f(x): return 1 + x")
