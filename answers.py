@@ -16,14 +16,14 @@ prompt, limits and sampling, and model. A file made elsewhere needs `id` and `re
 """
 
 import contextlib
+import gc
 import inspect
-import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import judges
@@ -32,13 +32,15 @@ from data import Example, Task, prompt
 from engine.chat import chat_ids, end_of_turn, end_tokens, training_ids
 from engine.decoding import Limits, Response, Sampling
 from engine.fingerprint import fingerprint
-from engine.model import context_length
+from engine.model import context_length, load_model
 from engine.packed import log_probs
+from engine.server import ServedModel, is_url
 from generate import generate
 from support import numerals, ranks, sandbox
 from support.cli import InputError
 from support.costs import CostMeter
 from support.files import RowFile, digest
+from support.kept_rows import note, refuse_other_questions
 
 
 @dataclass(frozen=True)
@@ -62,27 +64,27 @@ class BaseLM:
 
     The run folder keeps every response and verdict, so that none is made twice.
     A response that the length limit cut off is not accepted, unless `keep_unfinished` asks for the paper's
-    letter. `responder` answers in the model's place, and `judge` is asked by the LLM judge. Both are the
-    model itself where none is given.
+    letter.
     """
 
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        task: Task,
-        run: Path,
-        keep_unfinished: bool = False,
-        responder=None,
-        judge=None,
-    ):
+    def __init__(self, model, tokenizer, task: Task, run: Path, keep_unfinished: bool = False):
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
         self.run = run
         self.keep_unfinished = keep_unfinished
-        self.responder = responder or LocalModel(model, tokenizer)
-        self.judge = judge or LocalModel(model, tokenizer, adapter=False)
+        self.responder = LocalModel(model, tokenizer)  # or a server of the same model
+        self.judge = LocalModel(model, tokenizer, adapter=False)  # whom the LLM judge asks; or another model
+
+    def ask_others(self, engine: str | None, judge_model: str | None, weights: str, loading: dict) -> None:
+        """Have a server answer in the model's place, whose `weights` it has, or another model judge.
+
+        InputError: the judge cannot be asked.
+        """
+        if engine:
+            self.responder = ServedModel.at(engine, weights, loading["chat_template_kwargs"])
+        if judge_model:
+            self.judge = other_model(judge_model, "--judge-model", **loading)
 
     def gold(self, x: Example) -> str:
         return self.task.gold(x)
@@ -192,13 +194,66 @@ class LocalModel:
         """(id, response) of every prompt that `encode` gave, each as soon as it is finished."""
         ids = list(encoded)
         prompts = list(encoded.values())
+        end = (limits.max_new_tokens, limits.stop)
         with self.weights():
-            made = generate(self.model, self.tokenizer, prompts, *astuple(limits), sample=sampling)
-            for index, response in made:
+            for index, response in generate(self.model, self.tokenizer, prompts, *end, sample=sampling):
                 yield ids[index], response
 
     def release(self) -> None:
         """It stays in memory: it is the model that is trained or evaluated."""
+
+
+class NamedModel:
+    """Another local model, such as a judge or a teacher: in memory from when it is asked until `release`."""
+
+    def __init__(self, name: str, flag: str, **loading):
+        """`name` is what `flag` said, and `loading` what load_model takes beside it."""
+        self.name = name
+        self.flag = flag
+        self.loading = loading
+        self.local: LocalModel | None = None
+        self.known_identity = ""
+
+    def load(self) -> LocalModel:
+        if self.local is None:
+            try:
+                self.local = LocalModel(*load_model(self.name, **self.loading))
+            except InputError as error:
+                raise InputError(str(error).replace("--model", self.flag, 1)) from None
+        return self.local
+
+    def identity(self) -> str:
+        """16 digits that tell its weights from others. They are read once."""
+        if not self.known_identity:
+            self.known_identity = self.load().identity()
+        return self.known_identity
+
+    def encode(self, prompts: dict[str, str]) -> dict[str, list[int]]:
+        return self.load().encode(prompts)
+
+    def generate(
+        self, encoded: dict[str, list[int]], limits: Limits, sampling: Sampling | None = None
+    ) -> Iterator[tuple[str, Response]]:
+        return self.load().generate(encoded, limits, sampling)
+
+    def release(self) -> None:
+        """Give back its memory. It is loaded again when it is asked again."""
+        self.local = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def other_model(name: str, flag: str, **loading) -> NamedModel | ServedModel:
+    """The model of --judge-model or --teacher: behind a server where the name is an address, else local.
+
+    InputError: its server does not answer. It is said before hours are spent.
+    """
+    if not is_url(name):
+        return NamedModel(name, flag, **loading)
+    served = ServedModel.at(name, chat_template_kwargs=loading.get("chat_template_kwargs"))
+    served.check()
+    return served
 
 
 # ------------------------------------------------------------------------------ responses
@@ -250,11 +305,6 @@ def stream_responses(
             yield id, response
 
 
-# ------------------------------------------------------------------------------ what a kept row answers
-
-PARTS_OF_A_QUESTION = ("prompt", "limits or sampling", "model")  # in the order of a digest
-
-
 def question_digests(
     responder, encoded: dict, limits: Limits, sampling: Sampling | None
 ) -> dict[str, str]:
@@ -266,46 +316,6 @@ def question_digests(
     how = digest(limits.max_new_tokens, limits.stop, drawn)[:8]
     who = responder.identity()[:8]
     return {id: f"{digest(asked)[:8]}-{how}-{who}" for id, asked in encoded.items()}
-
-
-def refuse_other_questions(file: RowFile, digests: dict[str, str]) -> None:
-    """InputError: a row is no response, or answers another question.
-
-    Rows without a digest were made elsewhere.
-    """
-    made_elsewhere, changed = 0, Counter()
-    for number, (id, row) in enumerate(file.rows.items(), 1):
-        if not isinstance(id, str) or not isinstance(row.get("response"), str):
-            raise InputError(f"{file.path}, row {number}: needs the text fields 'id' and 'response'")
-        if id not in digests:
-            continue  # a row that this call was not asked about
-        if "digest" not in row:
-            made_elsewhere += 1
-        elif row["digest"] != digests[id]:
-            changed[what_changed(str(row["digest"]), digests[id])] += 1
-
-    if changed:
-        what, n = changed.most_common(1)[0]
-        raise InputError(f"{file.path}: {n} of its rows answer {what} than this run asks about: take another "
-                         "--out, or remove the file to make them anew")
-    if made_elsewhere:
-        note(f"{file.path}: {made_elsewhere} rows were made elsewhere (they carry no digest) and are taken "
-             "as they are")
-
-
-def what_changed(before: str, now: str) -> str:
-    """The parts in which two digests of question_digests differ, in words."""
-    found = []
-    for part, old, new in zip(PARTS_OF_A_QUESTION, before.split("-"), now.split("-"), strict=False):
-        if old != new:
-            found.append(f"another {part}")
-    return " and ".join(found) or "another question"
-
-
-def note(line: str) -> None:
-    """Say something about the run's files, once and not by every process."""
-    if ranks.RANK == 0:
-        print(line, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------ verdicts
@@ -343,7 +353,7 @@ def judge_answers(
             for (x, _), accepted in zip(bar, verdicts, strict=True):
                 file.append({"id": x.id, "accepted": accepted, "digest": digests[x.id]} | named)
                 cost.add(calls=1)
-        judge.release()
+    judge.release()
     return {id: row["accepted"] for id, row in file.finish(digests).items()}
 
 
@@ -357,12 +367,17 @@ def judge_digest(judge, name: str) -> str:
 
 
 def selection_digest(base: BaseLM, method) -> str:
-    """What D' is made by: the method's source, the task's prompts and gold, and the judge."""
+    """What D' is made by: the method's source, the task's prompts and gold, and the judge.
+
+    A judge that is another model is loaded for it, and so is known to work before hours are spent.
+    """
     task = base.task
     function = getattr(method, "func", method)  # of a functools.partial
     sources = [inspect.getsource(function), inspect.getsource(task.gold)]
     templates = [task.predict, task.train, task.paraphrase]
-    return digest(sources, templates, judge_digest(base.judge, task.judge), base.keep_unfinished)
+    judge = judge_digest(base.judge, task.judge)
+    base.judge.release()
+    return digest(sources, templates, judge, base.keep_unfinished)
 
 
 def replies_of(judge, cost: CostMeter | None = None):

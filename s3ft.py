@@ -137,9 +137,8 @@ def load(job: Job) -> tuple[Splits, BaseLM]:
     for line in (*preview.plan(task, splits, rehearsal, job), *preview.warnings(task, splits)):
         print(line, flush=True)
 
-    model, tokenizer = load_model(
-        shared.model, machine.device, shared.dtype, machine.trust_remote_code,
-        chat_template_kwargs=shared.chat_template_kwargs, date=shared.date)
+    settings = config.loading_of(asdict(shared), machine)
+    model, tokenizer = load_model(shared.model, **settings)
     weights = fingerprint(model)
     config.refuse_other_weights(job, weights)
     try:
@@ -152,6 +151,7 @@ def load(job: Job) -> tuple[Splits, BaseLM]:
         print(line, flush=True)
 
     base = BaseLM(model, tokenizer, task, job.run, shared.keep_unfinished)
+    base.ask_others(shared.engine, shared.judge_model, weights, settings)
     config.keep_config(job, weights, made_by=selection_digest(base, METHODS[job.method]))
     return splits, base
 
@@ -206,6 +206,8 @@ def parse(argv=None):
     add("--chat-template-kwargs", type=cli.json_object, help="as '{\"enable_thinking\": false}'")
     add("--numpy", action="store_true", help="code judge: programs may import numpy")
     add("--sandbox", choices=("best", "strict"), default="best", help="strict: every layer or no code is run")
+    add("--engine", metavar="URL", help="a server of the model that answers, as http://localhost:8000/v1")
+    add("--judge-model", metavar="M", help="whom the llm judge asks: a name, folder or URL (the base model)")
     add = parser.add_argument_group("LoRA (section 3)").add_argument
     add("--rank", type=cli.positive_int, default=8, help="r (%(default)s)")
     add("--alpha", type=cli.positive_float, default=16, help="scale = alpha / r (%(default)s)")
@@ -243,8 +245,8 @@ def job_of(args) -> Job:
     elif any(files) or any(custom.values()):
         raise InputError(f"the flags of your own task go with --task custom; {args.task} has its own rows")
     name = args.name or args.method
-    if name in ("base", "figures") or Path(name).name != name or name.startswith("."):
-        raise InputError(f"--name {name}: must be the name of one new folder in --out, not base or figures")
+    if name in ("base", "figures", "judges") or Path(name).name != name or name.startswith("."):
+        raise InputError(f"--name {name}: must be the name of one new folder (not base, figures or judges)")
     if args.batch_size < ranks.WORLD:
         raise InputError(f"--batch-size {args.batch_size}: {ranks.WORLD} processes need at least that")
 
@@ -258,7 +260,8 @@ def job_of(args) -> Job:
         args.task, config.plain_name(args.model), dtype, args.judge, args.limit, args.max_new_tokens,
         files=files if all(files) else None, contents=file_digests(brought) or None,
         numpy=args.numpy, keep_unfinished=args.keep_unfinished,
-        chat_template_kwargs=args.chat_template_kwargs, date=time.strftime("%Y-%m-%d"), **custom)
+        chat_template_kwargs=args.chat_template_kwargs, date=time.strftime("%Y-%m-%d"),
+        engine=config.plain_name(args.engine), judge_model=config.plain_name(args.judge_model), **custom)
     adapter = AdapterSettings(
         args.rank, args.alpha, args.dropout, modules if modules == "all-linear" else modules.split(","))
     training = TrainingSettings(
