@@ -54,6 +54,7 @@ class Answer:
 
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of sample()
+FIRST_TOKENS = 16  # of a served response, that are compared with the model's own
 JUDGE_LIMITS = Limits(max_new_tokens=8)  # of the LLM judge: room for True or False
 
 # ------------------------------------------------------------------------------ the base model
@@ -73,7 +74,8 @@ class BaseLM:
         self.task = task
         self.run = run
         self.keep_unfinished = keep_unfinished
-        self.responder = LocalModel(model, tokenizer)  # or a server of the same model
+        self.local = LocalModel(model, tokenizer)
+        self.responder = self.local  # or a server of the same model
         self.judge = LocalModel(model, tokenizer, adapter=False)  # whom the LLM judge asks; or another model
 
     def ask_others(self, engine: str | None, judge_model: str | None, weights: str, loading: dict) -> None:
@@ -126,6 +128,8 @@ class BaseLM:
         """Judged answers to prompts (id -> user turn) of any kind, kept in RUN/`kind`.jsonl. id -> Answer."""
         limits = Limits(self.task.max_new_tokens, self.task.stop)
         path = self.run / f"{kind}.jsonl"
+        if isinstance(self.responder, ServedModel) and not sampling:
+            check_first_response(self.responder, self.local, prompts, path, limits)
         rows = respond(self.responder, prompts, path, limits, sampling)
         pairs = [(x, rows[x.id]["response"]) for x in D]
         verdicts = judge_answers(self.judge, self.task, pairs, path.with_suffix(".judged.jsonl"))
@@ -282,6 +286,23 @@ def respond(
                 file.append(row_of(id, response) | {"digest": digests[id]})
                 cost.add(calls=1, tokens=response.length)
     return file.finish(prompts)
+
+
+def check_first_response(
+    served: ServedModel, local: LocalModel, prompts: dict[str, str], path: Path, limits: Limits
+) -> None:
+    """Make the first response before all others, and say so where it does not begin as the model's own.
+
+    Then the server has other weights, another template or other settings. In bfloat16 it can be a near-tie.
+    """
+    first = dict(list(prompts.items())[:1])
+    for id, row in respond(served, first, path, limits).items():
+        ((_, own),) = local.generate(local.encode(first), Limits(FIRST_TOKENS, limits.stop))
+        begins = own.text.rstrip("\ufffd")  # which stands for a part of a character
+        if not row["response"].startswith(begins):
+            answered = row["response"][:80]
+            note(f"{path}, row {id}: {served.name} at {served.url} answers {answered!r}, the model itself "
+                 f"{begins!r}. Has the server the same weights and settings? See docs/scale.md")
 
 
 def row_of(id: str, response: Response) -> dict:

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import lora
-from answers import LocalModel, judge_answers, other_model, respond
+from answers import LocalModel, check_first_response, judge_answers, other_model, respond
 from data import EXAMPLES, Example, Task, prompt
 from engine.chat import training_ids
 from engine.decoding import Limits
@@ -196,7 +196,10 @@ class Measure:
         """
         prompts = {x.id: prompt(template, x) for x in self.test}
         limits = Limits(self.task.max_new_tokens, self.task.stop)
-        rows = respond(self._responder(name), prompts, folder / "test.jsonl", limits)
+        path, responder = folder / "test.jsonl", self._responder(name)
+        if isinstance(responder, ServedModel):
+            check_first_response(responder, self.local, prompts, path, limits)
+        rows = respond(responder, prompts, path, limits)
         pairs = [(x, rows[x.id]["response"]) for x in self.test]
         verdicts = judge_answers(self.judge, self.task, pairs, folder / "test.judged.jsonl")
 

@@ -151,6 +151,7 @@ class Base:
     def __init__(self, model, tokenizer, run, task=CUSTOM_TASK):
         self.model, self.tokenizer, self.run = model, tokenizer, run
         self.task = replace(task, judge="numeric")
+        self.responder = answers.LocalModel(model, tokenizer)
         self.judge = answers.LocalModel(model, tokenizer, adapter=False)
 
     def gold(self, x):
@@ -311,15 +312,23 @@ def test_another_teacher_writes_and_the_student_scores(loaded, tiny, tmp_path, m
     assert replies[0] == dict(answers.generate(model, tokenizer, [ids], 5))[0].text != replies[1]
     rows = [read_jsonl(tmp_path / name / "reflect" / "reflect.jsonl")[0]["scores"]["original"] for name in ("one", "two")]
     assert rows[0] == rows[1]
+    before = files_in(tmp_path / "one")
+    list(reflect.reflect(D[:1], Base(*loaded, tmp_path / "one"), Settings(str(other))))  # goes on with its replies
+    assert files_in(tmp_path / "one") == before
     with pytest.raises(InputError, match="were made by .*other, not by the base model"):
         list(reflect.reflect(D[:1], Base(*loaded, tmp_path / "one")))
 
 
 def test_a_teacher_with_code_of_its_own_is_trusted_as_the_model_is(loaded, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(reflect, "load_model", lambda *args, **template: asked.append(args))
+
+    def load(name, device, dtype, trust_remote_code, **template):
+        asked.append((name, device, dtype, trust_remote_code))
+        return loaded
+
+    monkeypatch.setattr(answers, "load_model", load)
     for trusted in (False, True):
-        reflect.Teacher(Base(*loaded, tmp_path), Settings("T", trusted)).load()
+        reflect.Teacher(Base(*loaded, tmp_path), Settings("T", trusted)).responder.load()
     assert asked == [("T", "cpu", "float32", False), ("T", "cpu", "float32", True)]
 
 

@@ -25,6 +25,7 @@ from engine import server
 from engine.decoding import Limits, Sampling
 from engine.model import load_model
 from engine.server import ServedModel, with_name
+from examples import reflect
 from results.audit import audit
 from support.cli import InputError, exit_cleanly
 from support.files import read_json, read_jsonl, write_jsonl
@@ -46,6 +47,7 @@ class Server:
         self.keys = set()  # the keys that came with them
         self.faults = []  # (status, body) of the next requests, instead of an answer
         self.delay = 0.0  # seconds before an answer
+        self.dead = False  # closes every connection without an answer
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(self))
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
@@ -83,6 +85,9 @@ def handler_of(served: Server):
             self.reply(200 if self.path == "/v1/models" else 404, {"object": "list", "data": found})
 
         def do_POST(self):
+            if served.dead:
+                self.close_connection = True
+                return
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             served.keys.add(self.headers["Authorization"])
             if self.path == "/v1/chat/completions":
@@ -115,6 +120,11 @@ def served(monkeypatch):
     one = Server()
     yield one
     one.close()
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return load_model(str(tiny), "cpu")
 
 
 PROMPTS = {f"q{i}": f"What is {i} + {i}?" for i in range(40)}
@@ -200,7 +210,8 @@ def test_an_address_that_is_none_or_holds_a_key_is_refused_without_repeating_the
 # ------------------------------------------------------------------------------ faults
 
 
-def test_an_error_of_the_server_is_tried_again(served):
+def test_an_error_of_the_server_is_tried_again(served, monkeypatch):
+    monkeypatch.setattr(server, "RETRIES", 3)
     served.faults = [(500, {"error": "busy"}), (429, {}), (503, {})]
     assert len(ask(served.url)) == 40 and len(served.requests) == 43
 
@@ -256,24 +267,21 @@ def test_a_missing_package_is_one_line(monkeypatch):
 # ------------------------------------------------------------------------------ kept rows
 
 
-def test_rows_are_kept_and_only_missing_ones_are_asked_for(served, tmp_path):
+def test_a_server_that_dies_costs_no_row_and_only_missing_ones_are_asked_for_again(served, tmp_path):
     path = tmp_path / "predictions.jsonl"
     model = ServedModel(served.url, "M", weights="w")
-    calls = []
 
     def dies_after_ten(user):
-        calls.append(user)
-        if len(calls) > 10:
-            served.faults = [(401, {})] * 99
+        served.dead = len(served.requests) > 10
         return "4"
 
     served.answer = dies_after_ten
-    with pytest.raises(InputError, match="refuses the key"):
+    with pytest.raises(InputError, match="the server cannot be reached"):
         respond(model, PROMPTS, path, Limits(6))
     kept = {row["id"] for part in tmp_path.glob("predictions*.jsonl") for row in read_jsonl(part)}
     assert 0 < len(kept) < 40
 
-    served.faults, served.answer = [], lambda user: "4"
+    served.dead, served.answer = False, lambda user: "4"
     served.requests.clear()
     rows = respond(model, PROMPTS, path, Limits(6))
     assert len(served.requests) == 40 - len(kept) and list(rows) == list(PROMPTS)
@@ -346,6 +354,18 @@ def test_a_run_trains_on_what_the_server_answered(served, command, capsys):
     said = capsys.readouterr().err
     assert "ssr: the server lists no model of this name, so the model answers here" in said
     assert "listed: the server" not in said
+
+
+def test_a_server_that_does_not_answer_as_the_model_is_pointed_out(served, loaded, tmp_path, capsys):
+    local = LocalModel(*loaded)
+    own = {id: y.text for id, y in local.generate(local.encode(PROMPTS), Limits(20))}
+    served.answer = lambda user: own[next(id for id, text in PROMPTS.items() if text == user)]
+    model = ServedModel(served.url, "M")
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "same.jsonl", Limits(20))
+    assert len(served.requests) == 1 and capsys.readouterr().err.count("answers") == 0
+    served.answer = lambda user: "Surely."
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "other.jsonl", Limits(20))
+    assert f"row q0: M at {served.url} answers 'Surely.', the model itself" in capsys.readouterr().err
 
 
 def test_the_same_model_may_move_to_another_server_and_no_other_model_may(served, command, capsys):
@@ -453,6 +473,31 @@ def test_two_judges_of_one_run_are_compared_with_each_other_and_with_people(serv
     assert "stands alone" in refuse(evaluate.main, [*flags, "--audit=5"], capsys)
 
 
+REPLY = """[New Instruction] Which number is it? [End]
+[New Answer] It is the number 4. [End] [Better Answer] It is 4, that is 2 + 2. [End]"""
+
+
+def test_a_teacher_behind_a_server_rewrites(served, command, capsys):
+    argv, out = command
+    served.answer = lambda user: REPLY
+    argv = [*argv, "--judge=numeric", f"--teacher={served.url}", "--max-ifd=1e9", "--max-r-ifd=1e9"]
+    with contextlib.suppress(InputError):  # the tiny model's scores may drop every row
+        reflect.main(argv)
+    instructions = read_jsonl(out / "reflect_instructions.jsonl")
+    assert [row["response"] for row in instructions] == [REPLY] * 8
+    assert read_json(out / "reflect_teacher.json") == {"teacher": "M"}
+    trace = read_jsonl(out / "reflect" / "reflect.jsonl")
+    assert {row["phase_2"] for row in trace} <= {"accepted", "rejected"}
+    assert not key_is_in_a_file(out)
+
+    # The base model is its own teacher, and answers from its server.
+    argv = [flag for flag in argv if not flag.startswith(("--teacher", "--out"))]
+    with contextlib.suppress(InputError):
+        reflect.main([*argv, f"--out={out}-own", f"--engine={served.url}"])
+    path = out.with_name("run-own") / "reflect_instructions.jsonl"
+    assert [row["response"] for row in read_jsonl(path)] == [REPLY] * 8
+
+
 # ------------------------------------------------------------------------------ a real server
 
 
@@ -480,7 +525,7 @@ def transformers_serve():
 
 
 def wait_for(url: str, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, "transformers serve ended"
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
