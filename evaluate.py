@@ -6,6 +6,7 @@
     python evaluate.py --out RUN --test-file F                its models on another test file of one's own
     python evaluate.py --out RUN --show ID                    a training row's way through the three branches
     python evaluate.py --out RUN --audit 200                  the judge against people: see results/audit.py
+    python evaluate.py --out RUN --compare-judge M            another judge on the same answers
     python evaluate.py --out F --model M --benchmarks mmlu    a model on its own
 
 A run is the folder that s3ft.py wrote. Added to it are, for the base model and every trained one, test.jsonl
@@ -24,24 +25,24 @@ Decided here, the paper being silent:
 4. An unreadable verdict of the LLM judge counts as not accepted, and is counted.
 """
 
+import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-import transformers
-
 import lora
-from answers import Limits, judge_answers, note, respond
+from answers import LocalModel, check_first_response, judge_answers, other_model, respond
 from data import EXAMPLES, Example, Task, prompt
 from engine.chat import training_ids
+from engine.decoding import Limits
 from engine.drift import kl_drift
 from engine.fingerprint import fingerprint
-from engine.model import load_model, peak_memory_gib
+from engine.model import load_model, machine_of, peak_memory_gib
 from engine.packed import token_log_probs
+from engine.server import ServedModel
 from results import run_files
 from results.audit import audit
-from results.config import Machine
+from results.config import Machine, loading_of
 from results.reading_scores import reading_scores
 from results.report import write_benchmark_report, write_report
 from results.request import (
@@ -55,10 +56,12 @@ from results.request import (
 )
 from results.table_4 import merge_benchmarks
 from results.training_texts import TrainingTexts, describe
+from results.two_judges import compare_judges, judged_pairs, write_comparison
 from support import ranks, sandbox
 from support.cli import InputError, exit_cleanly
 from support.costs import CostMeter
 from support.files import digest, locked, read_jsonl, write_json
+from support.kept_rows import note
 from tasks import benchmarks, ifeval, mbpp, task_of
 from tasks.benchmarks import Scoring
 
@@ -81,14 +84,14 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     started = time.monotonic()
     model, tokenizer = load_base_model(config, machine)
     loading = time.monotonic() - started
-    measure = Measure(model, tokenizer, task, test_rows, evaluation)
+    measure = Measure(model, tokenizer, task, test_rows, evaluation, config)
 
     # 1. The base model, before an adapter is in it.
     results = {"config": config, "machine": machine_of(model)}
     results |= {"selection": {}, "log_probabilities": None}
     models = results["models"] = {"base": measure.base()}
     if task.train != task.predict:
-        models[TRAIN_PROMPT] = measure.answers(task.train, evaluation.folder("base") / "train_prompt")
+        models[TRAIN_PROMPT] = measure.answers(task.train, evaluation.folder("base") / "train_prompt", "base")
     if not evaluation.elsewhere:  # on other rows these would say nothing
         keep_unfinished = config["keep_unfinished"]
         results["validation_rows"] = len(validation_rows)
@@ -135,14 +138,7 @@ def add_earlier_scores(models: dict[str, dict], earlier: dict[str, dict], folder
 
 def load_base_model(config: dict, machine: Machine):
     """(model, tokenizer) of a run, its chat template as it was. InputError: the weights are others now."""
-    model, tokenizer = load_model(
-        config["model"],
-        machine.device,
-        config["dtype"],
-        machine.trust_remote_code,
-        chat_template_kwargs=config["chat_template_kwargs"],
-        date=config["date"],
-    )
+    model, tokenizer = load_model(config["model"], **loading_of(config, machine))
     if config["weights"] not in (None, fingerprint(model)):
         raise InputError(f"{config['model']}: not the weights that the run was begun with; put those back")
     return model, tokenizer
@@ -155,32 +151,26 @@ def load_adapter(model, folder: Path) -> None:
         raise InputError(str(error)) from None
 
 
-def machine_of(model) -> dict:
-    if model.device.type == "cuda":
-        device = torch.cuda.get_device_name(model.device)
-    else:
-        device = f"{model.device}, {torch.get_num_threads()} threads"
-    return {
-        "device": device,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 class Measure:
     """The questions of an evaluation, asked of the base model and then of one trained model after another.
 
     All of them are the same `model`: an adapter is loaded into it between two calls.
     """
 
-    def __init__(self, model, tokenizer, task: Task, test: list[Example], evaluation: Evaluation):
+    def __init__(
+        self, model, tokenizer, task: Task, test: list[Example], evaluation: Evaluation, config: dict
+    ):
         self.model = model
         self.tokenizer = tokenizer
+        self.local = LocalModel(model, tokenizer)
+        self.judge = LocalModel(model, tokenizer, adapter=False)  # whom the LLM judge asks
+        if task.judge == "llm" and config["judge_model"]:
+            loading = loading_of(config, evaluation.machine)
+            self.judge = other_model(config["judge_model"], "--judge-model", **loading)
         self.task = task
         self.test = test
         self.evaluation = evaluation
+        self.config = config
         general = read_jsonl(EXAMPLES / "general.jsonl", ("id", "prompt"))
         self.general = {row["id"]: row["prompt"] for row in general}
         self.base_scored = Scored()  # on the general benchmarks
@@ -189,10 +179,10 @@ class Measure:
     def base(self) -> dict:
         """The base model's row of the report. Drift needs its responses to the general prompts."""
         folder = self.evaluation.folder("base")
-        result = self.answers(self.task.predict, folder) | {"weights": fingerprint(self.model)}
+        result = self.answers(self.task.predict, folder, "base") | {"weights": fingerprint(self.model)}
         if self.asks_as_bigcode:
             result["bigcode"] = self.bigcode(folder / "bigcode")
-        respond(self.model, self.tokenizer, self.general, folder / "general.jsonl", Limits(GENERAL_TOKENS))
+        respond(self.local, self.general, folder / "general.jsonl", Limits(GENERAL_TOKENS))
         if self.evaluation.benchmarks:
             self.base_scored = self._score("base")
             result["benchmarks"] = {"scores": self.base_scored.scores}
@@ -202,7 +192,7 @@ class Measure:
         """A trained model's row of the report. Its adapter is in the model."""
         evaluation = self.evaluation
         folder = evaluation.folder(name)
-        result = self.answers(self.task.train, folder) | {"weights": fingerprint(self.model)}
+        result = self.answers(self.task.train, folder, name) | {"weights": fingerprint(self.model)}
         if self.asks_as_bigcode:
             result["bigcode"] = self.bigcode(folder / "bigcode")
         dialogues = self._base_dialogues()
@@ -213,13 +203,19 @@ class Measure:
             result["benchmarks"] = {"scores": scored.scores} | drops_of(self.base_scored, scored)
         return result
 
-    def answers(self, template: str, folder: Path) -> dict:
-        """Accuracy on the test rows under a prompt, and what was counted. `folder` keeps the answers."""
+    def answers(self, template: str, folder: Path, name: str) -> dict:
+        """Accuracy of the model `name` on the test rows under a prompt, and what was counted.
+
+        `folder` keeps the answers.
+        """
         prompts = {x.id: prompt(template, x) for x in self.test}
         limits = Limits(self.task.max_new_tokens, self.task.stop)
-        rows = respond(self.model, self.tokenizer, prompts, folder / "test.jsonl", limits)
+        path, responder = folder / "test.jsonl", self._responder(name)
+        if isinstance(responder, ServedModel):
+            check_first_response(responder, self.local, prompts, path, limits)
+        rows = respond(responder, prompts, path, limits)
         pairs = [(x, rows[x.id]["response"]) for x in self.test]
-        verdicts = judge_answers(self.model, self.tokenizer, self.task, pairs, folder / "test.judged.jsonl")
+        verdicts = judge_answers(self.judge, self.task, pairs, folder / "test.judged.jsonl")
 
         result = run_files.accuracy_of(verdicts, rows)
         result["unreadable_verdicts"] = sum(verdict is None for verdict in verdicts.values())
@@ -236,11 +232,27 @@ class Measure:
         """
         prompts = {x.id: mbpp.bigcode_prompt(x) for x in self.test}
         limits = Limits(self.task.max_new_tokens, mbpp.BIGCODE_STOPS)
-        rows = respond(self.model, self.tokenizer, prompts, folder / "test.jsonl", limits, chat=False)
+        local = LocalModel(self.model, self.tokenizer, chat=False)
+        rows = respond(local, prompts, folder / "test.jsonl", limits)
         pairs = [(x, mbpp.bigcode_program(x, rows[x.id]["response"])) for x in self.test]
         task = replace(self.task, judge="bigcode")
-        verdicts = judge_answers(self.model, self.tokenizer, task, pairs, folder / "test.judged.jsonl")
+        verdicts = judge_answers(self.judge, task, pairs, folder / "test.judged.jsonl")
         return run_files.accuracy_of(verdicts, rows)
+
+    def _responder(self, name: str) -> LocalModel | ServedModel:
+        """Who answers the test rows: the server of --engine where it has the model, else the model itself."""
+        if not self.evaluation.engine:
+            return self.local
+        weights, template = fingerprint(self.model), self.config["chat_template_kwargs"]
+        served = ServedModel.at(self.evaluation.engine, weights, template)
+        if name == "base":
+            return served
+        if served.lists(name):
+            return replace(served, name=name)
+        folder = self.evaluation.run / name
+        note(f"{name}: the server lists no model of this name, so the model answers here (vLLM has it with "
+             f"--enable-lora --lora-modules {name}={folder})")
+        return self.local
 
     def _base_dialogues(self) -> dict[str, list[tuple]]:
         """What drift is measured over, of each kind: (user turn, the base model's response, its tokens)."""
@@ -311,7 +323,7 @@ def grade_ifeval(model, tokenizer, data: str, folder: Path, scoring: Scoring) ->
     prompts = {str(row["key"]): row["prompt"] for row in rows}
     limits = Limits(scoring.max_new_tokens or ifeval.MAX_NEW_TOKENS)
     file = f"ifeval.{limits.max_new_tokens}-tokens.jsonl" if scoring.max_new_tokens else "ifeval.jsonl"
-    responses = respond(model, tokenizer, prompts, folder / file, limits)
+    responses = respond(LocalModel(model, tokenizer), prompts, folder / file, limits)
     return [ifeval.grade(checkers, row, responses[str(row["key"])]["response"]) for row in rows]
 
 
@@ -380,6 +392,20 @@ def audit_run(evaluation: Evaluation) -> str:
     return audit(evaluation.run, train_rows, evaluation.audit, test_examples=test_rows)
 
 
+def judge_again(evaluation: Evaluation) -> str:
+    """The text of `--compare-judge M`: how another model's verdicts on the same answers agree."""
+    config, machine = config_of(evaluation), evaluation.machine
+    task, (train_rows, _, test_rows) = task_of(config, machine.data)
+    pairs, own = judged_pairs(evaluation.run, train_rows, test_rows)
+    name = evaluation.compare_judge
+    judge = other_model(name, "--compare-judge", **loading_of(config, machine))
+
+    folder, file_name = evaluation.run / "judges", re.sub(r"[^\w.-]+", "_", judge.name.rstrip("/"))
+    verdicts = judge_answers(judge, replace(task, judge="llm"), pairs, folder / f"{file_name}.judged.jsonl")
+    result = compare_judges(evaluation.run, own, verdicts, judge.name)
+    return write_comparison(result, folder, file_name)
+
+
 # ------------------------------------------------------------------------------ a model on its own
 
 
@@ -419,7 +445,7 @@ def score_model(alone: Alone) -> str:
 
 
 def main(argv=None) -> None:
-    """A model on its own, or one of the three questions about a run."""
+    """A model on its own, or one of the four questions about a run."""
     asked = read_command_line(argv)
     zero_shot = zero_shot_in_words(asked)
     if zero_shot:
@@ -435,6 +461,8 @@ def main(argv=None) -> None:
             print(audit_run(asked))
         elif asked.show:
             print(show(asked))
+        elif asked.compare_judge:
+            print(judge_again(asked))
         else:
             results = evaluate_run(asked)
             if ranks.RANK == 0:

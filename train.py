@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,6 @@ import torch
 from tqdm import tqdm
 
 import lora
-from answers import validate
-from data import Example, Task
 from engine.model import peak_memory_gib, reset_peak_memory
 from engine.packed import Row, target_loss
 from support import ranks
@@ -68,15 +67,9 @@ class Progress:
 
 
 def train(
-    model,
-    tokenizer,
-    task: Task,
-    rows: list[Row],
-    validation: list[Example],
-    folder: Path,
-    settings: TrainingSettings,
+    model, rows: list[Row], validate: Callable[[], float], folder: Path, settings: TrainingSettings
 ) -> Progress:
-    """Train on the rows of D', and keep in `folder` the adapter with the best validation accuracy.
+    """Train on the rows of D', and keep in `folder` the adapter with the best accuracy that `validate` finds.
 
     What a step does follows from the seed and its number alone. So a run that was killed, and went on from
     its checkpoint, ends with the weights of one that was not.
@@ -110,7 +103,7 @@ def train(
         # 3. Validate, and keep what a run that dies here must go on from.
         if progress.step % settings.eval_every == 0 or progress.step == settings.steps:
             started = time.monotonic()
-            accuracy = validate(model, tokenizer, task, validation)
+            accuracy = validate()
             progress.validation_seconds += time.monotonic() - started
             log(folder, step=progress.step, validation=accuracy)
             if accuracy > progress.best_accuracy:

@@ -209,6 +209,16 @@ def response_text(tokenizer, tokens: list[int]) -> str:
     return text.lstrip()
 
 
+def without_thoughts(text: str) -> str:
+    """A response of which the text alone is known, without a block of thinking at its beginning.
+
+    "" where the block has no end: the response never came to its answer.
+    """
+    for _, close in _thinking_at_the_beginning(text):
+        return text.partition(close)[2].lstrip()
+    return text
+
+
 def _thinking_at_the_beginning(text: str) -> list[tuple[str, str]]:
     """The tags of a block of thinking with which the text begins, though the template may know no such."""
     tag = OPEN_TAG.match(text.lstrip())

@@ -1,4 +1,4 @@
-"""A prompt on its way to a response: its row, how its next token is chosen, and when it has ended."""
+"""A prompt on its way to a response: its row, how its next token is chosen, and when it ends."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,12 +10,26 @@ from engine.chat import end_tokens, plain_text, response_text
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Where a response ends, at the latest."""
+
+    max_new_tokens: int
+    stop: str | tuple[str, ...] | None = None  # a text that ends it, such as [[DONE]], or several
+
+
+@dataclass(frozen=True)
 class Response:
     """What a model answered."""
 
     text: str  # what judges and people see; ends right after the stop string where one was hit
-    tokens: list[int]  # generated ids, with the end-of-turn token where there is one
+    tokens: list[int] | None  # generated ids, with the end-of-turn token where there is one. None: not known
     finished: bool  # False: the length limit cut it off
+    counted: int = 0  # tokens that were generated, where a server says no more of them
+
+    @property
+    def length(self) -> int:
+        """In tokens."""
+        return self.counted if self.tokens is None else len(self.tokens)
 
 
 @dataclass(frozen=True)

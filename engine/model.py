@@ -7,6 +7,7 @@ import math
 import resource
 import string
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -61,6 +62,21 @@ def refuse_unusable_driver() -> None:
             f"there is an NVIDIA card, but torch, built for CUDA {built_for}, cannot use it: "
             "nvidia-smi shows the newest CUDA that the driver serves. --device cpu goes on without"
         )
+
+
+def machine_of(model) -> dict:
+    """What a report says of the machine: device, versions and the date."""
+    if model.device.type == "cuda":
+        device = torch.cuda.get_device_name(model.device)
+    else:
+        device = f"{model.device}, {torch.get_num_threads()} threads"
+    return {
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def peak_memory_gib() -> float:

@@ -1,10 +1,11 @@
 """Selective Reflection-Tuning (Li et al., 2402.10110): a teacher rewrites rows, the student's scores select.
 
-    python -m examples.reflect --task T --teacher NAME_OR_FOLDER --out RUN    other flags as s3ft.py has them
-    python -m examples.reflect --score FILE --model M --out F                 both scores of any rows
+    python -m examples.reflect --task T --teacher M --out RUN      M: a name, a folder or a server's URL
+    python -m examples.reflect --score FILE --model M --out F      both scores of any rows
 
-This is a method in a file of its own: it registers itself in s3ft.METHODS and then calls s3ft.main. The
-student is the base model, and so is the teacher where --teacher names no other. The scores are in ifd.py.
+Other flags are as s3ft.py has them. This is a method in a file of its own: it registers itself in
+s3ft.METHODS and then calls s3ft.main. The student is the base model, and so is the teacher where --teacher
+names no other. The scores are in ifd.py.
 
 1. Phase 1. The teacher criticises a pair (x, y) and writes a new instruction with a new answer. They stay if
    and only if their IFD is higher: the student then needs the instruction more to see the answer coming.
@@ -23,8 +24,8 @@ question is a new one, since there is no gold for it. Where the question stayed,
 note only. It selects nothing.
 
 Where we deviate from the authors' code, or they are silent:
-1. The teacher is a local chat model that decodes greedily. Theirs is gpt-3.5-turbo at temperature 0. The
-   prompts are our words.
+1. The teacher is any chat model, which decodes greedily. Theirs is gpt-3.5-turbo at temperature 0, which goes
+   in as --teacher https://api.openai.com/v1#gpt-3.5-turbo. The prompts are our words.
 2. x in IFD is the user turn that training will show (the task's train prompt around the question). x in
    r-IFD is the question.
 3. Where a field is missing, the teacher is asked once more, with a reminder. Where one is empty, "N/A" or the
@@ -37,19 +38,20 @@ Where we deviate from the authors' code, or they are silent:
 
 import argparse
 import functools
-import gc
 import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import s3ft
-from answers import Limits, judge_answers, respond
+from answers import judge_answers, other_model, respond
 from data import Example, fill, prompt
-from engine.model import load_model
+from engine.decoding import Limits
+from engine.server import served_name
 from examples.ifd import ScoredPair, Scores, as_instruction, score, score_all, score_command
+from results.config import plain_name
 from support.cli import InputError, exit_cleanly, one_line_error, positive_float, positive_int
-from support.files import read_json, resume_jsonl, write_json, write_jsonl, write_text
+from support.files import read_json, write_json, write_jsonl, write_text
 
 Pairs = dict[str, tuple[Example, str]]  # id -> (x, y)
 
@@ -58,7 +60,7 @@ Pairs = dict[str, tuple[Example, str]]  # id -> (x, y)
 class Settings:
     """What this method takes from the command line, beside all that every method takes."""
 
-    teacher: str | None = None  # a model's name or folder. None: the base model is its own teacher
+    teacher: str | None = None  # a name, folder or URL#NAME. None: the base model is its own teacher
     trust_remote_code: bool = False  # of the teacher, as of the model
     name: str = "reflect"  # the method's folder in the run folder
     max_ifd: float = 1.0  # a row is kept if its IFD is below this ...
@@ -66,8 +68,9 @@ class Settings:
     top: int | None = None  # so many rows at most, those with the highest IFD
 
     def recorded(self) -> dict:
-        """Those that a run which goes on must have again."""
-        return {"teacher": self.teacher, "max_ifd": self.max_ifd, "max_r_ifd": self.max_r_ifd,
+        """Those that a run which goes on must have again. A served teacher may move to another address."""
+        teacher = self.teacher and (served_name(self.teacher) or self.teacher)
+        return {"teacher": teacher, "max_ifd": self.max_ifd, "max_r_ifd": self.max_r_ifd,
                 "top": self.top}
 
 
@@ -173,7 +176,7 @@ def judge_old_questions(base, pairs: Pairs, trace: dict[str, dict], folder: Path
     for id, row in trace.items():
         if row["emitted"] and row["phase_1"] != "accepted":
             checked.append(pairs[id])
-    verdicts = judge_answers(base.model, base.tokenizer, base.task, checked, folder / "reflect.judged.jsonl")
+    verdicts = judge_answers(base.judge, base.task, checked, folder / "reflect.judged.jsonl")
     for id, accepted in verdicts.items():
         trace[id]["judged"] = accepted
 
@@ -262,17 +265,15 @@ def parse_fields(reply: str, tags: tuple[str, ...]) -> list[str] | None:
 
 
 class Teacher:
-    """Who rewrites: the base model, or another one that is loaded when first asked.
+    """Who rewrites: the base model (from its server with --engine), or another one, here or behind a server.
 
     The run folder keeps the replies. InputError: those that it has were made by another teacher.
     """
 
     def __init__(self, base, settings: Settings):
         self.base = base
-        self.settings = settings
-        self.other = None  # (model, tokenizer) of the teacher that --teacher names
-
-        name = {"teacher": settings.teacher or "the base model"}
+        self.responder = base.responder
+        name = {"teacher": settings.recorded()["teacher"] or "the base model"}
         path = base.run / "reflect_teacher.json"
         if not path.exists():
             write_json(path, name)
@@ -280,6 +281,8 @@ class Teacher:
             before = read_json(path)["teacher"]
             raise InputError(f"--teacher: the rewrites in {base.run} were made by {before}, not by "
                              f"{name['teacher']}: give that one again, or another --out")
+        if settings.teacher:
+            self.responder = other_model(settings.teacher, "--teacher", **loading_of_teacher(base, settings))
 
     def rewrite_pairs(self, pairs: Pairs) -> Pairs:
         """A new question with a new answer. Rows with tests are left out: tests belong to their question."""
@@ -318,37 +321,26 @@ class Teacher:
         return {id: found for id, found in texts.items() if found}
 
     def _ask(self, prompts: dict[str, str], kind: str) -> dict[str, str]:
-        """The replies, id -> text. Another teacher is loaded only if the run folder lacks one of them."""
-        path = self.base.run / f"{kind}.jsonl"
-        answered = {row["id"] for row in resume_jsonl(path)}
-        if self.settings.teacher and not self.other and prompts.keys() - answered:
-            self.other = self.load()
-        model, tokenizer = self.other or (self.base.model, self.base.tokenizer)
-        rows = respond(model, tokenizer, prompts, path, Limits(REPLY_TOKENS))
+        """The replies, id -> text. Those that the run folder has are not made again."""
+        rows = respond(self.responder, prompts, self.base.run / f"{kind}.jsonl", Limits(REPLY_TOKENS))
         return {id: row["response"] for id, row in rows.items()}
-
-    def load(self):
-        """(model, tokenizer) of the teacher, on the student's device and in its precision."""
-        student, settings = self.base.model, self.settings
-        dtype = str(student.dtype).removeprefix("torch.")
-        try:
-            path = self.base.run / "config.json"
-            shared = read_json(path) if path.exists() else {}
-            return load_model(
-                settings.teacher,
-                str(student.device),
-                dtype,
-                settings.trust_remote_code,
-                chat_template_kwargs=shared.get("chat_template_kwargs"),
-                date=shared.get("date"),
-            )
-        except InputError as error:
-            raise InputError(str(error).replace("--model", "--teacher", 1)) from None
 
     def release(self) -> None:
         """Give back the memory of another teacher: its last reply is there."""
-        self.other = None
-        gc.collect()
+        self.responder.release()
+
+
+def loading_of_teacher(base, settings: Settings) -> dict:
+    """What load_model takes for another teacher: the student's device, precision and template settings."""
+    path = base.run / "config.json"
+    shared = read_json(path) if path.exists() else {}
+    return {
+        "device": str(base.model.device),
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "trust_remote_code": settings.trust_remote_code,
+        "chat_template_kwargs": shared.get("chat_template_kwargs"),
+        "date": shared.get("date"),
+    }
 
 
 # --------------------------------------------------------------------------------------- the commands
@@ -356,11 +348,11 @@ class Teacher:
 
 def run_command(argv: list[str]) -> None:
     """A run of s3ft.py with one more method. Its own flags are read here, and all others are passed on."""
-    parser = argparse.ArgumentParser(usage="python -m examples.reflect --task T --out RUN [--teacher T] ...",
+    parser = argparse.ArgumentParser(usage="python -m examples.reflect --task T --out RUN [--teacher M] ...",
                                      description="Selective Reflection-Tuning. Its flags beside s3ft.py's:",
                                      allow_abbrev=False, add_help=False)
     parser.error = one_line_error
-    parser.add_argument("--teacher", metavar="NAME_OR_FOLDER", help="who rewrites (default: the base model)")
+    parser.add_argument("--teacher", metavar="M", help="who rewrites: a name, folder or URL (the base model)")
     parser.add_argument("--max-ifd", type=positive_float, default=1.0, metavar="X",
                         help="keep rows with an IFD below this (%(default)s)")
     parser.add_argument("--max-r-ifd", type=positive_float, default=1.0, metavar="X",
@@ -374,7 +366,8 @@ def run_command(argv: list[str]) -> None:
         parser.print_help()
     own, rest = parser.parse_known_args(argv)
 
-    settings = Settings(own.teacher, own.trust_remote_code, own.name, own.max_ifd, own.max_r_ifd, own.top)
+    teacher = plain_name(own.teacher)
+    settings = Settings(teacher, own.trust_remote_code, own.name, own.max_ifd, own.max_r_ifd, own.top)
     passed_on = ["--method=reflect", f"--name={own.name}"]
     if own.out:
         refuse_other_settings(own.out / own.name / SETTINGS_FILE, settings)

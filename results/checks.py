@@ -49,6 +49,8 @@ CONFIG = {  # config.json of a run
     "chat_template_kwargs": dict | None,
     "date": TEXT_OR_NONE,
     "weights": TEXT_OR_NONE,
+    "engine": TEXT_OR_NONE,
+    "judge_model": TEXT_OR_NONE,
 }
 TRAINING = {  # training.json of a method; an older one says less
     "method": str,

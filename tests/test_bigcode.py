@@ -256,7 +256,7 @@ def test_the_model_goes_on_with_the_text_itself(tiny, tmp_path):
         special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=special)
         path = tmp_path / f"{name}.jsonl"
-        found = answers.respond(model, tokenizer, {"11": text}, path, answers.Limits(6), chat=False)
+        found = answers.respond(answers.LocalModel(model, tokenizer, chat=False), {"11": text}, path, answers.Limits(6))
         assert found["11"]["tokens"] == expected
         assert found["11"]["response"] == tokenizer.decode(expected, skip_special_tokens=True)
 

@@ -94,7 +94,8 @@ def test_the_llm_judge_asks_the_base_model_inside_a_trained_one(tuned, tiny):
     model, tokenizer = tuned
     base, _ = load_model(str(tiny), "cpu")
     prompts = ["Decision?", "Is 2 + 2 = 4?"]
-    assert answers.ask_base_model(model, tokenizer)(prompts) == answers.ask_base_model(base, tokenizer)(prompts)
+    inside = answers.LocalModel(model, tokenizer, adapter=False)
+    assert answers.replies_of(inside)(prompts) == answers.replies_of(answers.LocalModel(base, tokenizer))(prompts)
     assert all(layer.enabled for layer in lora.layers(model).values())
 
 
@@ -102,7 +103,8 @@ def test_unreadable_verdicts_are_kept_apart_from_false_ones(loaded_run):
     """The tiny model answers the LLM judge with noise: None in the file, not accepted in the count."""
     run, task, test, model, tokenizer = loaded_run
     pairs = [(x, "4") for x in test]
-    found = answers.judge_answers(model, tokenizer, task, pairs, run / "noise.judged.jsonl")
+    judge = answers.LocalModel(model, tokenizer)
+    found = answers.judge_answers(judge, task, pairs, run / "noise.judged.jsonl")
     assert set(found.values()) == {None}
     assert [row["accepted"] for row in read_jsonl(run / "noise.judged.jsonl")] == [None] * len(test)
 

@@ -151,6 +151,8 @@ class Base:
     def __init__(self, model, tokenizer, run, task=CUSTOM_TASK):
         self.model, self.tokenizer, self.run = model, tokenizer, run
         self.task = replace(task, judge="numeric")
+        self.responder = answers.LocalModel(model, tokenizer)
+        self.judge = answers.LocalModel(model, tokenizer, adapter=False)
 
     def gold(self, x):
         return x.answer
@@ -310,15 +312,23 @@ def test_another_teacher_writes_and_the_student_scores(loaded, tiny, tmp_path, m
     assert replies[0] == dict(answers.generate(model, tokenizer, [ids], 5))[0].text != replies[1]
     rows = [read_jsonl(tmp_path / name / "reflect" / "reflect.jsonl")[0]["scores"]["original"] for name in ("one", "two")]
     assert rows[0] == rows[1]
+    before = files_in(tmp_path / "one")
+    list(reflect.reflect(D[:1], Base(*loaded, tmp_path / "one"), Settings(str(other))))  # goes on with its replies
+    assert files_in(tmp_path / "one") == before
     with pytest.raises(InputError, match="were made by .*other, not by the base model"):
         list(reflect.reflect(D[:1], Base(*loaded, tmp_path / "one")))
 
 
 def test_a_teacher_with_code_of_its_own_is_trusted_as_the_model_is(loaded, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(reflect, "load_model", lambda *args, **template: asked.append(args))
+
+    def load(name, device, dtype, trust_remote_code, **template):
+        asked.append((name, device, dtype, trust_remote_code))
+        return loaded
+
+    monkeypatch.setattr(answers, "load_model", load)
     for trusted in (False, True):
-        reflect.Teacher(Base(*loaded, tmp_path), Settings("T", trusted)).load()
+        reflect.Teacher(Base(*loaded, tmp_path), Settings("T", trusted)).responder.load()
     assert asked == [("T", "cpu", "float32", False), ("T", "cpu", "float32", True)]
 
 
@@ -329,7 +339,7 @@ def test_a_row_with_tests_keeps_its_question_and_is_judged(loaded, tmp_path, mon
     give(tmp_path, "reflect_instructions.retry", {"b": "nothing"})
     give(tmp_path, "reflect_responses", {"a": "[Better Answer] def f(x): return 1 + x [End]", "b": "[Better Answer] 4 [End]"})
     scripted(monkeypatch, {"def f(x): return 1 + x": (0.9, 0.8), "def g(): pass": (0.95, 0.1)})
-    monkeypatch.setattr(reflect, "judge_answers", lambda model, tokenizer, task, rows, path:
+    monkeypatch.setattr(reflect, "judge_answers", lambda judge, task, rows, path:
                         {x.id: x.tests == tests for x, _ in rows})
     ((x, y, _),) = reflect.reflect([code, D[1]], Base(*loaded, tmp_path))
     assert (x, y) == (code, "def f(x): return 1 + x")
