@@ -27,6 +27,7 @@ from engine.model import load_model
 from engine.server import ServedModel, with_name
 from examples import reflect
 from results.audit import audit
+from results.request import Evaluation
 from support.cli import InputError, exit_cleanly
 from support.files import read_json, read_jsonl, write_jsonl
 from tasks.custom import CUSTOM_TASK
@@ -200,7 +201,8 @@ def test_the_name_may_be_left_out_where_the_server_has_one_model(served, models)
 
 
 @pytest.mark.parametrize("address", [
-    "localhost:8000/v1", "http://", "http://me:secret@h/v1", "https://h/v1?api_key=secret#M", "M"])
+    "localhost:8000/v1", "http://", "http://me:secret@h/v1", "https://h/v1?api_key=secret#M", "M", "http:///v1#M",
+    "http://h:port/v1#M", "http://h:99999/v1#M", "http://[::1/v1#M"])
 def test_an_address_that_is_none_or_holds_a_key_is_refused_without_repeating_the_key(address):
     with pytest.raises(InputError) as error:
         with_name(address)
@@ -256,6 +258,19 @@ def test_a_server_that_is_too_slow_is_one_line(served, monkeypatch):
     served.delay = 0.5
     with pytest.raises(InputError, match="no answer to row q0 within 0.1 seconds"):
         ask(served.url, prompts={"q0": "x"})
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-ü"])
+def test_a_key_that_cannot_be_one_is_refused_without_repeating_it(served, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="OPENAI_API_KEY holds a character that no key has, such as a line break$"):
+        ask(served.url)
+
+
+def test_without_a_key_one_that_means_nothing_is_sent(served, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    ask(served.url)
+    assert served.keys == {"Bearer none"}
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
@@ -379,7 +394,7 @@ def test_the_same_model_may_move_to_another_server_and_no_other_model_may(served
     assert "not the address of a server" in refuse(s3ft.main, [*argv, "--engine=M", f"--out={out}2"], capsys)
 
 
-def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, capsys):
+def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, loaded, capsys):
     argv, out = command
     write_jsonl(out / "predictions.jsonl", [{"id": row["id"], "response": "It is 4."} for row in QUESTIONS])
     served.answer = lambda user: "True" if "2 + 2" in user else "False"
@@ -397,9 +412,12 @@ def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, capsys)
     assert not key_is_in_a_file(out.parent)
     assert "was begun with --judge-model" in refuse(s3ft.main, [*argv, "--name=second"], capsys)
 
+    asked = Evaluation(out)
+    config = evaluate.config_of(asked)
+    task, (_, _, rows) = evaluate.task_of(config, "data")
+    measure = evaluate.Measure(*loaded, task, rows, asked, config)
     served.answer = lambda user: "True"
-    evaluate.main([f"--out={out}", "--device=cpu"])
-    assert read_json(out / "results.json")["models"]["base"]["accuracy"] == 1
+    assert measure.answers(task.train, out / "ssr", "ssr")["accuracy"] == 1  # the run's judge, from config.json
 
 
 def test_a_judge_that_cannot_be_asked_is_known_before_anything_is_made(served, command, capsys, tmp_path):
