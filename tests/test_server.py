@@ -27,7 +27,7 @@ from engine.model import load_model
 from engine.server import ServedModel, with_name
 from examples import reflect
 from results.audit import audit
-from results.request import Evaluation
+from results.request import read_command_line
 from support.cli import InputError, exit_cleanly
 from support.files import read_json, read_jsonl, write_jsonl
 from tasks.custom import CUSTOM_TASK
@@ -359,16 +359,28 @@ def test_a_run_trains_on_what_the_server_answered(served, command, capsys):
     assert f"the responses come from {served.url}#M" in capsys.readouterr().out
     assert not key_is_in_a_file(out.parent)
 
-    # The test answers: the base model's, and those of an adapter that the server lists.
-    s3ft.main([*argv, "--name=listed", f"--engine={served.url}"])
-    served.models.append("listed")
-    evaluate.main([f"--out={out}", "--device=cpu", f"--engine={served.url}#M"])
+def measure_of(out: Path, loaded, *flags: str):
+    """(what evaluate.py asks of a run's models with these flags, the run's task)"""
+    asked = read_command_line([f"--out={out}", "--device=cpu", *flags])
+    config = evaluate.config_of(asked)
+    task, (_, _, rows) = evaluate.task_of(config, "data")
+    return evaluate.Measure(*loaded, task, rows, asked, config), task
+
+
+def test_test_answers_come_from_the_server_where_it_has_the_model(served, command, loaded, capsys):
+    argv, out = command
+    served.answer, served.models = doubled, ["M", "listed"]
+    s3ft.main([*argv, "--judge=numeric", "--method=sft", "--name=listed"])
+    measure, task = measure_of(out, loaded, f"--engine={served.url}#M")
     for name in ("base", "listed"):
-        assert read_jsonl(out / name / "test.jsonl")[1]["response"] == "Surely 2."
-    assert served.requests[-1]["model"] == "listed" and "tokens" in read_jsonl(out / "ssr" / "test.jsonl")[0]
-    said = capsys.readouterr().err
-    assert "ssr: the server lists no model of this name, so the model answers here" in said
-    assert "listed: the server" not in said
+        assert measure.answers(task.train, out / name, name)["accuracy"] == 5 / 8
+    assert [body["model"] for body in served.requests] == ["M"] * 8 + ["listed"] * 8
+    assert "lists no model" not in capsys.readouterr().err
+    measure.answers(task.train, out / "other", "other")
+    assert "tokens" in read_jsonl(out / "other" / "test.jsonl")[0] and len(served.requests) == 16
+    assert "other: the server lists no model of this name, so the model answers here" in capsys.readouterr().err
+    refused = refuse(evaluate.main, [f"--out={out}", "--engine=M"], capsys)
+    assert "--engine M: not the address of a server" in refused
 
 
 def test_a_server_that_does_not_answer_as_the_model_is_pointed_out(served, loaded, tmp_path, capsys):
@@ -412,10 +424,7 @@ def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, loaded,
     assert not key_is_in_a_file(out.parent)
     assert "was begun with --judge-model" in refuse(s3ft.main, [*argv, "--name=second"], capsys)
 
-    asked = Evaluation(out)
-    config = evaluate.config_of(asked)
-    task, (_, _, rows) = evaluate.task_of(config, "data")
-    measure = evaluate.Measure(*loaded, task, rows, asked, config)
+    measure, task = measure_of(out, loaded)
     served.answer = lambda user: "True"
     assert measure.answers(task.train, out / "ssr", "ssr")["accuracy"] == 1  # the run's judge, from config.json
 
