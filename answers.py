@@ -299,7 +299,8 @@ def check_first_response(
         return
     first = dict(list(prompts.items())[:1])
     for id, row in respond(served, first, path, limits).items():
-        ((_, own),) = local.generate(local.encode(first), Limits(FIRST_TOKENS, limits.stop))
+        few = Limits(min(FIRST_TOKENS, limits.max_new_tokens), limits.stop)
+        ((_, own),) = local.generate(local.encode(first), few)
         begins = own.text.rstrip("\ufffd")  # which stands for a part of a character
         if not row["response"].startswith(begins):
             answered = row["response"][:80]

@@ -383,15 +383,17 @@ def test_test_answers_come_from_the_server_where_it_has_the_model(served, comman
     assert "--engine M: not the address of a server" in refused
 
 
-def test_a_server_that_does_not_answer_as_the_model_is_pointed_out(served, loaded, tmp_path, capsys):
+@pytest.mark.parametrize("limit", [6, 20])
+def test_a_server_that_does_not_answer_as_the_model_is_pointed_out(served, loaded, tmp_path, capsys, limit):
     local = LocalModel(*loaded)
-    own = {id: y.text for id, y in local.generate(local.encode(PROMPTS), Limits(20))}
-    served.answer = lambda user: own[next(id for id, text in PROMPTS.items() if text == user)]
+    limits = Limits(limit)
+    own = {PROMPTS[id]: y.text for id, y in local.generate(local.encode(PROMPTS), limits)}
+    served.answer = lambda user: own[user]
     model = ServedModel(served.url, "M")
-    answers.check_first_response(model, local, PROMPTS, tmp_path / "same.jsonl", Limits(20))
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "same.jsonl", limits)
     assert len(served.requests) == 1 and capsys.readouterr().err.count("answers") == 0
     served.answer = lambda user: "Surely."
-    answers.check_first_response(model, local, PROMPTS, tmp_path / "other.jsonl", Limits(20))
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "other.jsonl", limits)
     assert f"row q0: M at {served.url} answers 'Surely.', the model itself" in capsys.readouterr().err
 
 
