@@ -128,7 +128,7 @@ class BaseLM:
         """Judged answers to prompts (id -> user turn) of any kind, kept in RUN/`kind`.jsonl. id -> Answer."""
         limits = Limits(self.task.max_new_tokens, self.task.stop)
         path = self.run / f"{kind}.jsonl"
-        if isinstance(self.responder, ServedModel) and not sampling:
+        if not sampling:
             check_first_response(self.responder, self.local, prompts, path, limits)
         rows = respond(self.responder, prompts, path, limits, sampling)
         pairs = [(x, rows[x.id]["response"]) for x in D]
@@ -293,15 +293,18 @@ def respond(
 
 
 def check_first_response(
-    served: ServedModel, local: LocalModel, prompts: dict[str, str], path: Path, limits: Limits
+    served: ServedModel | LocalModel, local: LocalModel, prompts: dict[str, str], path: Path, limits: Limits
 ) -> None:
-    """Make the first response before all others, and say so where it does not begin as the model's own.
+    """Have a server make the first response, and say so where it does not begin as the model's own.
 
     Then the server has other weights, another template or other settings. In bfloat16 it can be a near-tie.
     """
+    if served is local:
+        return
     first = dict(list(prompts.items())[:1])
     for id, row in respond(served, first, path, limits).items():
-        ((_, own),) = local.generate(local.encode(first), Limits(FIRST_TOKENS, limits.stop))
+        few = Limits(min(FIRST_TOKENS, limits.max_new_tokens), limits.stop)
+        ((_, own),) = local.generate(local.encode(first), few)
         begins = own.text.rstrip("\ufffd")  # which stands for a part of a character
         if not row["response"].startswith(begins):
             answered = row["response"][:80]

@@ -81,6 +81,8 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     task, (train_rows, validation_rows, test_rows) = task_of(config, machine.data)
     if task.judge == "code":
         sandbox.announce(machine.sandbox, config["numpy"])
+    if task.judge != "llm":
+        config["judge_model"] = None  # the run's own task has another judge
     started = time.monotonic()
     model, tokenizer = load_base_model(config, machine)
     loading = time.monotonic() - started
@@ -164,7 +166,7 @@ class Measure:
         self.tokenizer = tokenizer
         self.local = LocalModel(model, tokenizer)
         self.judge = LocalModel(model, tokenizer, adapter=False)  # whom the LLM judge asks
-        if task.judge == "llm" and config["judge_model"]:
+        if config["judge_model"]:
             loading = loading_of(config, evaluation.machine)
             self.judge = other_model(config["judge_model"], "--judge-model", **loading)
         self.task = task
@@ -211,8 +213,7 @@ class Measure:
         prompts = {x.id: prompt(template, x) for x in self.test}
         limits = Limits(self.task.max_new_tokens, self.task.stop)
         path, responder = folder / "test.jsonl", self._responder(name)
-        if isinstance(responder, ServedModel):
-            check_first_response(responder, self.local, prompts, path, limits)
+        check_first_response(responder, self.local, prompts, path, limits)
         rows = respond(responder, prompts, path, limits)
         pairs = [(x, rows[x.id]["response"]) for x in self.test]
         verdicts = judge_answers(self.judge, self.task, pairs, folder / "test.judged.jsonl")

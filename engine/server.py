@@ -36,7 +36,7 @@ SHOWN = 10  # names of models in an error, at most
 
 def is_url(name: str) -> bool:
     """Is this the address of a server, and no name of a model or a folder?"""
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
 
 
 def served_name(model: str) -> str:
@@ -49,9 +49,14 @@ def with_name(address: str) -> str:
 
     InputError: it is no address, holds a key, or its server lists no model or several.
     """
-    parts = urlsplit(address)
-    if not is_url(address) or not parts.hostname:
-        raise InputError(f"{address}: a server's address is http://HOST:PORT/v1 or http://HOST:PORT/v1#MODEL")
+    try:
+        parts = urlsplit(address)
+        complete = is_url(address) and parts.hostname and parts.port != 0
+    except ValueError:  # of a port or an IPv6 address that is none
+        complete = False
+    if not complete:
+        raise InputError("the address of a server is http://HOST:PORT/v1 or http://HOST:PORT/v1#MODEL, not "
+                         f"{address}")
     if parts.username or parts.password or parts.query:
         host = f"{parts.scheme}://{parts.hostname}"
         raise InputError(f"{host}: leave keys and names out of the address, and set {KEY} instead")
@@ -122,7 +127,7 @@ class ServedModel:
 
     def check(self) -> None:
         """Ask for one token. InputError: the server cannot answer. It is said before hours are spent."""
-        trial = self.encode({"a trial": "Is 2 + 2 = 4?"})
+        trial = self.encode({"0 (a trial)": "Is 2 + 2 = 4?"})
         for _ in self.generate(trial, Limits(max_new_tokens=1)):
             pass
 
@@ -155,8 +160,8 @@ class ServedModel:
             return response_of(client.chat.completions.create(**request), limits.stop)
 
     def _client(self):
-        key = os.environ.get(KEY) or "none"  # the package wants one
-        return openai_package().OpenAI(base_url=self.url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
+        settings = {"base_url": self.url, "max_retries": RETRIES, "timeout": TIMEOUT}
+        return openai_package().OpenAI(api_key=key_of_the_environment() or "none", **settings)
 
     @contextlib.contextmanager
     def _errors_in_one_line(self, asked: str):
@@ -182,7 +187,7 @@ class ServedModel:
         status = error.status_code
         if status in (401, 403):
             return f"the server refuses the key ({status}): set {KEY} to one that it takes"
-        said = " ".join(error.response.text.split())[:300].replace(os.environ.get(KEY) or "\0", "...")
+        said = " ".join(error.response.text.split())[:300].replace(key_of_the_environment() or "\0", "...")
         refusal = f"the server answers {asked} with {status} ({said})"
         if self.name and status in (400, 404, 422):
             with contextlib.suppress(InputError):
@@ -202,8 +207,17 @@ def response_of(reply, stop: str | None) -> Response:
     if stop and stop in text:
         text = text[: text.index(stop) + len(stop)]
         finished = True
-    counted = reply.usage.completion_tokens if reply.usage else 0
+    usage = reply.usage  # a server may leave it out
+    counted = usage.completion_tokens or 0 if usage else 0
     return Response(text, None, finished, counted)
+
+
+def key_of_the_environment() -> str:
+    """The key, "" where there is none. InputError: it cannot be one."""
+    key = os.environ.get(KEY, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise InputError(f"{KEY} holds a character that no key has, such as a line break")
+    return key
 
 
 def openai_package():

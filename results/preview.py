@@ -16,7 +16,7 @@ from engine.chat import chat_ids, training_ids
 from engine.model import context_length, count_weights, load_config, load_tokenizer
 from engine.server import is_url
 from judges import JUDGES, judge_all
-from results.config import Comparison, Job
+from results.config import Job, others_in_words
 from support import sandbox
 from support.cli import InputError
 from tasks import task_of
@@ -154,7 +154,7 @@ def plan(task: Task, splits: Splits, rehearsal: Rehearsal, job: Job) -> list[str
     lines = [
         f"{job.shared.model}: {weights / 1e9:.2f} billion weights, {gib:.1f} GiB in {job.shared.dtype}, on "
         f"{job.machine.device}",
-        f"rows: {sizes}; judge: {task.judge}{others_in_words(job.shared)}",
+        f"rows: {sizes}; judge: {task.judge}{others_in_words(asdict(job.shared))}",
         f"1. at most {rehearsal.responses} responses of at most {task.max_new_tokens} tokens, with verdicts",
         f"2. training: {settings_in_words(job.recorded())}",
     ]
@@ -168,14 +168,6 @@ def plan(task: Task, splits: Splits, rehearsal: Rehearsal, job: Job) -> list[str
     if job.machine.device == "cpu":
         lines.append(cpu_hours(rehearsal, job, weights))
     return lines
-
-
-def others_in_words(shared: Comparison) -> str:
-    """Which other models a run asks."""
-    words = f", which asks {shared.judge_model}" if shared.judge_model else ""
-    if shared.engine:
-        words += f"; the responses come from {shared.engine}"
-    return words
 
 
 def cpu_hours(rehearsal: Rehearsal, job: Job, weights: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from results import tables
+from results.config import others_in_words
 from results.figures import draw_curves, draw_log_probabilities, draw_sources
 from results.markdown import markdown_table
 from results.run_files import KINDS
@@ -57,7 +58,7 @@ def heading(results: dict) -> list[str]:
         f"transformers {machine['transformers']}",
         f"peak memory of the evaluation {machine['peak_memory_gib']} GiB",
         f"{results['models']['base']['n']} test rows{limit}",
-        f"judge: {config['judge'] or 'the task’s own'}",
+        f"judge: {config['judge'] or 'the task’s own'}{others_in_words(config)}",
     ]
     return [f"# {config['task']}{trained_on}: {config['model']}", ", ".join(facts) + "."]
 

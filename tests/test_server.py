@@ -27,6 +27,7 @@ from engine.model import load_model
 from engine.server import ServedModel, with_name
 from examples import reflect
 from results.audit import audit
+from results.request import read_command_line
 from support.cli import InputError, exit_cleanly
 from support.files import read_json, read_jsonl, write_jsonl
 from tasks.custom import CUSTOM_TASK
@@ -200,7 +201,8 @@ def test_the_name_may_be_left_out_where_the_server_has_one_model(served, models)
 
 
 @pytest.mark.parametrize("address", [
-    "localhost:8000/v1", "http://", "http://me:secret@h/v1", "https://h/v1?api_key=secret#M", "M"])
+    "localhost:8000/v1", "http://", "http://me:secret@h/v1", "https://h/v1?api_key=secret#M", "M", "http:///v1#M",
+    "http://h:port/v1#M", "http://h:99999/v1#M", "http://[::1/v1#M"])
 def test_an_address_that_is_none_or_holds_a_key_is_refused_without_repeating_the_key(address):
     with pytest.raises(InputError) as error:
         with_name(address)
@@ -256,6 +258,19 @@ def test_a_server_that_is_too_slow_is_one_line(served, monkeypatch):
     served.delay = 0.5
     with pytest.raises(InputError, match="no answer to row q0 within 0.1 seconds"):
         ask(served.url, prompts={"q0": "x"})
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-ü"])
+def test_a_key_that_cannot_be_one_is_refused_without_repeating_it(served, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="OPENAI_API_KEY holds a character that no key has, such as a line break$"):
+        ask(served.url)
+
+
+def test_without_a_key_one_that_means_nothing_is_sent(served, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    ask(served.url)
+    assert served.keys == {"Bearer none"}
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
@@ -344,27 +359,41 @@ def test_a_run_trains_on_what_the_server_answered(served, command, capsys):
     assert f"the responses come from {served.url}#M" in capsys.readouterr().out
     assert not key_is_in_a_file(out.parent)
 
-    # The test answers: the base model's, and those of an adapter that the server lists.
-    s3ft.main([*argv, "--name=listed", f"--engine={served.url}"])
-    served.models.append("listed")
-    evaluate.main([f"--out={out}", "--device=cpu", f"--engine={served.url}#M"])
+def measure_of(out: Path, loaded, *flags: str):
+    """(what evaluate.py asks of a run's models with these flags, the run's task)"""
+    asked = read_command_line([f"--out={out}", "--device=cpu", *flags])
+    config = evaluate.config_of(asked)
+    task, (_, _, rows) = evaluate.task_of(config, "data")
+    return evaluate.Measure(*loaded, task, rows, asked, config), task
+
+
+def test_test_answers_come_from_the_server_where_it_has_the_model(served, command, loaded, capsys):
+    argv, out = command
+    served.answer, served.models = doubled, ["M", "listed"]
+    s3ft.main([*argv, "--judge=numeric", "--method=sft", "--name=listed"])
+    measure, task = measure_of(out, loaded, f"--engine={served.url}#M")
     for name in ("base", "listed"):
-        assert read_jsonl(out / name / "test.jsonl")[1]["response"] == "Surely 2."
-    assert served.requests[-1]["model"] == "listed" and "tokens" in read_jsonl(out / "ssr" / "test.jsonl")[0]
-    said = capsys.readouterr().err
-    assert "ssr: the server lists no model of this name, so the model answers here" in said
-    assert "listed: the server" not in said
+        assert measure.answers(task.train, out / name, name)["accuracy"] == 5 / 8
+    assert [body["model"] for body in served.requests] == ["M"] * 8 + ["listed"] * 8
+    assert "lists no model" not in capsys.readouterr().err
+    measure.answers(task.train, out / "other", "other")
+    assert "tokens" in read_jsonl(out / "other" / "test.jsonl")[0] and len(served.requests) == 16
+    assert "other: the server lists no model of this name, so the model answers here" in capsys.readouterr().err
+    refused = refuse(evaluate.main, [f"--out={out}", "--engine=M"], capsys)
+    assert "--engine M: not the address of a server" in refused
 
 
-def test_a_server_that_does_not_answer_as_the_model_is_pointed_out(served, loaded, tmp_path, capsys):
+@pytest.mark.parametrize("limit", [6, 20])
+def test_a_server_that_does_not_answer_as_the_model_is_pointed_out(served, loaded, tmp_path, capsys, limit):
     local = LocalModel(*loaded)
-    own = {id: y.text for id, y in local.generate(local.encode(PROMPTS), Limits(20))}
-    served.answer = lambda user: own[next(id for id, text in PROMPTS.items() if text == user)]
+    limits = Limits(limit)
+    own = {PROMPTS[id]: y.text for id, y in local.generate(local.encode(PROMPTS), limits)}
+    served.answer = lambda user: own[user]
     model = ServedModel(served.url, "M")
-    answers.check_first_response(model, local, PROMPTS, tmp_path / "same.jsonl", Limits(20))
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "same.jsonl", limits)
     assert len(served.requests) == 1 and capsys.readouterr().err.count("answers") == 0
     served.answer = lambda user: "Surely."
-    answers.check_first_response(model, local, PROMPTS, tmp_path / "other.jsonl", Limits(20))
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "other.jsonl", limits)
     assert f"row q0: M at {served.url} answers 'Surely.', the model itself" in capsys.readouterr().err
 
 
@@ -379,7 +408,7 @@ def test_the_same_model_may_move_to_another_server_and_no_other_model_may(served
     assert "not the address of a server" in refuse(s3ft.main, [*argv, "--engine=M", f"--out={out}2"], capsys)
 
 
-def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, capsys):
+def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, loaded, capsys):
     argv, out = command
     write_jsonl(out / "predictions.jsonl", [{"id": row["id"], "response": "It is 4."} for row in QUESTIONS])
     served.answer = lambda user: "True" if "2 + 2" in user else "False"
@@ -397,9 +426,9 @@ def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, capsys)
     assert not key_is_in_a_file(out.parent)
     assert "was begun with --judge-model" in refuse(s3ft.main, [*argv, "--name=second"], capsys)
 
+    measure, task = measure_of(out, loaded)
     served.answer = lambda user: "True"
-    evaluate.main([f"--out={out}", "--device=cpu"])
-    assert read_json(out / "results.json")["models"]["base"]["accuracy"] == 1
+    assert measure.answers(task.train, out / "ssr", "ssr")["accuracy"] == 1  # the run's judge, from config.json
 
 
 def test_a_judge_that_cannot_be_asked_is_known_before_anything_is_made(served, command, capsys, tmp_path):
