@@ -473,30 +473,30 @@ def test_another_local_judge_is_in_memory_only_while_it_is_asked(tiny, tmp_path,
 
 def test_two_judges_of_one_run_are_compared_with_each_other_and_with_people(served, command, capsys):
     argv, out = command
-    # The run's judge (numeric) accepts rows 0 to 3. The other one accepts rows 2 to 5.
+    # The run's judge (numeric) accepts rows 0 to 3. The other one accepts rows 2 to 6.
     write_jsonl(out / "predictions.jsonl", [
         row | {"response": f"It is {row['answer'] if i < 4 else -1}."} for i, row in enumerate(QUESTIONS)])
     s3ft.main([*argv, "--method=ssr", "--judge=numeric"])
-    served.answer = lambda user: str(any(f"{i} + {i}" in user for i in (2, 3, 4, 5)))
+    served.answer = lambda user: str(any(f"{i} + {i}" in user for i in range(2, 7)))
     flags = [f"--out={out}", "--device=cpu", f"--compare-judge={served.url}"]
     evaluate.main(flags)
     result = read_json(out / "judges" / "M.json")
     cells = [result[name] for name in ("both_accept", "only_the_runs_accepts", "only_the_other_accepts", "both_reject")]
-    assert cells == [2, 2, 2, 2] and result["n"] == 8 and result["people"] is None
-    assert result["agreement"]["rate"] == 0.5 and result["kappa"] == 0  # by hand: as often as by chance
-    assert "agree on 4 of 8" in (out / "judges" / "M.md").read_text()
+    assert cells == [2, 2, 3, 1] and result["n"] == 8 and result["people"] is None
+    assert result["agreement"]["rate"] == 3 / 8 and result["kappa"] == -0.25  # by hand: chance is 1/2
+    assert "agree on 3 of 8" in (out / "judges" / "M.md").read_text()
 
-    # People agree with the other judge on all rows, and so on half of the run's verdicts.
+    # People agree with the other judge on all rows, and so on 3 of the run's verdicts.
     examples = [Example(row["id"], row["question"], row["answer"]) for row in QUESTIONS]
     audit(out, examples, 8)
     lines = (out / "audit.csv").read_text().splitlines()
-    filled = [line + ("yes" if any(f"{i} + {i}" in line for i in (2, 3, 4, 5)) else "no") for line in lines[1:]]
+    filled = [line + ("yes" if any(f"{i} + {i}" in line for i in range(2, 7)) else "no") for line in lines[1:]]
     (out / "audit.csv").write_text("\n".join([lines[0], *filled]) + "\n")
     asked = len(served.requests)
     evaluate.main(flags)
     people = read_json(out / "judges" / "M.json")["people"]
     assert people["M"]["agreement"]["rate"] == people["M"]["kappa"] == 1
-    assert people["the run's judge"]["agreement"] == people["the run's judge"]["agreement"] | {"count": 4, "n": 8}
+    assert people["the run's judge"]["agreement"] == people["the run's judge"]["agreement"] | {"count": 3, "n": 8}
     assert len(served.requests) == asked + 1  # all verdicts are there: only the trial of the server
     assert "| M | 8 of 8" in capsys.readouterr().out
     assert "stands alone" in refuse(evaluate.main, [*flags, "--audit=5"], capsys)
