@@ -16,7 +16,8 @@ names no other. The scores are in ifd.py.
 
 The run folder keeps the teacher's replies (reflect_instructions.jsonl and reflect_responses.jsonl, with a
 .retry.jsonl each), so that nothing is generated twice. The method's own folder gets reflect.jsonl, which has
-every row, dropped or not, with its phases and scores, and note.md, which the report shows.
+every row, dropped or not, with its phases and scores, and note.md, which the report shows: the share of rows
+that were kept, and histograms of both scores.
 
 Covered: any task. A row with tests (code) keeps its question and skips phase 1, since the tests would not fit
 another one. The teacher is shown them. Not covered: a check of the new answers by the task's judge where the
@@ -38,6 +39,7 @@ Where we deviate from the authors' code, or they are silent:
 
 import argparse
 import functools
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -50,10 +52,18 @@ from engine.decoding import Limits
 from engine.server import served_name
 from examples.ifd import ScoredPair, Scores, as_instruction, score, score_all, score_command
 from results.config import plain_name
+from results.markdown import markdown_table
 from support.cli import InputError, exit_cleanly, one_line_error, positive_float, positive_int
 from support.files import read_json, write_json, write_jsonl, write_text
 
 Pairs = dict[str, tuple[Example, str]]  # id -> (x, y)
+BINS = {  # of a histogram: what its scores are below, and its name
+    0.25: "below 0.25",
+    0.5: "0.25 to 0.5",
+    0.75: "0.5 to 0.75",
+    1.0: "0.75 to 1",
+    math.inf: "1 and more",
+}
 
 
 @dataclass(frozen=True)
@@ -186,7 +196,8 @@ def write_trace(pairs: Pairs, trace: dict[str, dict], folder: Path) -> None:
     for id, (x, y) in pairs.items():
         trace[id] |= {"question": x.question, "response": y}
     write_jsonl(folder / "reflect.jsonl", trace.values())
-    write_text(folder / "note.md", note(list(trace.values())) + "\n")
+    rows = list(trace.values())
+    write_text(folder / "note.md", f"{note(rows)}\n\n{histograms(rows)}\n")
 
 
 def note(trace: list[dict]) -> str:
@@ -197,13 +208,51 @@ def note(trace: list[dict]) -> str:
     emitted = [row for row in trace if row["emitted"]]
     old_question = [row for row in emitted if row["phase_1"] != "accepted"]
     right = [row["judged"] for row in old_question].count(True)
+    share = 100 * len(emitted) / len(trace)
     return (
-        f"Selective Reflection-Tuning kept {len(emitted)} of {len(trace)} rows (new question taken: "
-        f"{new_questions}, new answer taken: {new_answers}). "
+        f"Selective Reflection-Tuning kept {len(emitted)} of {len(trace)} rows, {share:.1f} % (new question "
+        f"taken: {new_questions}, new answer taken: {new_answers}). "
         f"Not checked: {len(emitted) - len(old_question)} with a new question, for which there is no gold. "
         f"Checked, without effect: of the {len(old_question)} with their own question the judge accepts "
         f"{right}."
     )
+
+
+def histograms(trace: list[dict]) -> str:
+    """How many rows have an IFD and an r-IFD of each size, by what became of them, as a table.
+
+    The scores are of the row's last question and answer.
+    """
+    outcomes = {
+        "trained on": [row for row in trace if row["emitted"]],
+        "new answer, not selected": [
+            row for row in trace if row["phase_2"] == "accepted" and not row["emitted"]],
+        "no new answer": [row for row in trace if row["phase_2"] != "accepted"],
+    }
+    rows = []
+    for score_name, label in (("ifd", "IFD"), ("r_ifd", "r-IFD")):
+        for outcome, members in outcomes.items():
+            counts = [0] * len(BINS)
+            for row in members:
+                counts[bin_of(last_scores(row)[score_name])] += 1
+            rows.append([label, outcome, *map(str, counts)])
+    return markdown_table(["score", "rows", *BINS.values()], rows)
+
+
+def last_scores(row: dict) -> dict[str, float]:
+    """The scores of what a row ended as."""
+    for phase in ("phase_2", "phase_1"):
+        if row[phase] == "accepted":
+            return row["scores"][phase]
+    return row["scores"]["original"]
+
+
+def bin_of(value: float) -> int:
+    """The number of the histogram's column in which a score falls. An infinite one falls in the last."""
+    for number, upper in enumerate(BINS):
+        if value < upper:
+            return number
+    return len(BINS) - 1
 
 
 # --------------------------------------------------------------------------------------- the teacher

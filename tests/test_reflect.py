@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -216,8 +217,24 @@ def test_phases_keep_what_improves_and_emit_what_is_below_one(loaded, given, mon
         "original": {"ifd": 0.5, "r_ifd": 0.9}, "phase_1": {"ifd": 0.6, "r_ifd": 0.9}, "phase_2": {"ifd": 0.7, "r_ifd": 0.8}}
     assert kept["f"]["scores"]["phase_1"] is None and kept["a"]["gold"] == "a is 4"
     text = (given / "reflect" / "note.md").read_text()
-    assert "kept 3 of 6 rows" in text and "Not checked: 1 with a new question" in text
-    assert text.endswith("of the 2 with their own question the judge accepts 1.\n")
+    assert "kept 3 of 6 rows, 50.0 %" in text and "Not checked: 1 with a new question" in text
+    assert "of the 2 with their own question the judge accepts 1.\n\n| score | rows | below 0.25 |" in text
+    assert sum(map(int, re.findall(r"(?<=\| )\d+(?= \|)", text))) == 2 * 6  # every row once for each score
+
+
+def test_histograms_count_the_last_scores_by_outcome():
+    def row(first, second, emitted, *scores):
+        scores = dict(zip(("original", "phase_1", "phase_2"), scores, strict=True))
+        return {"phase_1": first, "phase_2": second, "emitted": emitted, "scores": scores}
+
+    low, high = {"ifd": 0.1, "r_ifd": 0.3}, {"ifd": 1.0, "r_ifd": math.inf}
+    trace = [row("accepted", "accepted", True, high, high, low),
+             row("accepted", "rejected", False, low, high, low),
+             row("rejected", "accepted", False, low, low, high)]
+    assert reflect.histograms(trace).splitlines()[2:] == [
+        "| IFD | trained on | 1 | 0 | 0 | 0 | 0 |", "| IFD | new answer, not selected | 0 | 0 | 0 | 0 | 1 |",
+        "| IFD | no new answer | 0 | 0 | 0 | 0 | 1 |", "| r-IFD | trained on | 0 | 1 | 0 | 0 | 0 |",
+        "| r-IFD | new answer, not selected | 0 | 0 | 0 | 0 | 1 |", "| r-IFD | no new answer | 0 | 0 | 0 | 0 | 1 |"]
 
 
 @pytest.mark.parametrize(("settings", "kept"), [
