@@ -55,8 +55,9 @@ def with_name(address: str) -> str:
     except ValueError:  # of a port or an IPv6 address that is none
         complete = False
     if not complete:
+        given = "..." if "@" in address or "?" in address else address  # a key may stand there
         raise InputError("the address of a server is http://HOST:PORT/v1 or http://HOST:PORT/v1#MODEL, not "
-                         f"{address}")
+                         f"{given}")
     if parts.username or parts.password or parts.query:
         host = f"{parts.scheme}://{parts.hostname}"
         raise InputError(f"{host}: leave keys and names out of the address, and set {KEY} instead")

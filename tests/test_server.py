@@ -202,7 +202,7 @@ def test_the_name_may_be_left_out_where_the_server_has_one_model(served, models)
 
 @pytest.mark.parametrize("address", [
     "localhost:8000/v1", "http://", "http://me:secret@h/v1", "https://h/v1?api_key=secret#M", "M", "http:///v1#M",
-    "http://h:port/v1#M", "http://h:99999/v1#M", "http://[::1/v1#M"])
+    "http://h:port/v1#M", "http://h:99999/v1#M", "http://me:secret@h:port/v1", "http://h:port/v1?key=secret", "http://[::1/v1#M"])
 def test_an_address_that_is_none_or_holds_a_key_is_refused_without_repeating_the_key(address):
     with pytest.raises(InputError) as error:
         with_name(address)
