@@ -218,7 +218,7 @@ def costs_section(results: dict) -> list[str]:
     if not results.get("costs"):
         return []
     return [
-        "## What D' costs",
+        "## What D', training and evaluation cost",
         tables.costs_table(results),
         "Every call of a stage, and the tokens that it generated. Of training, its steps and the tokens of "
         "prompts and targets. `load` is reading and checking the rows, loading the model and its trial. The "

@@ -160,15 +160,8 @@ def compare(models: dict[str, dict], folders: dict[str, Path], ids: list[str]) -
 
 
 COST = {"folder": str, "calls": int, "tokens": int, "seconds": NUMBER, "rank": int}  # a row of a costs.jsonl
-STAGES = {  # of a costs.jsonl, in the words of the report
-    "predictions": "predict",
-    "judge:predictions": "judge predictions",
-    "paraphrases": "paraphrase",
-    "judge:paraphrases": "judge paraphrases",
-    "samples": "sample",
-    "judge:samples": "judge samples",
-}
-OF_EVALUATION = {"drift": "drift", "benchmarks": "general benchmarks"}  # all others are answers: "evaluate"
+STAGES = {"predictions": "predict", "paraphrases": "paraphrase", "samples": "sample"}  # words of the report
+BENCHMARKS, DRIFT, TEST = "general benchmarks", "drift", "evaluate"
 
 
 def read_costs(run: Path, training: dict[str, dict]) -> list[dict]:
@@ -179,29 +172,39 @@ def read_costs(run: Path, training: dict[str, dict]) -> list[dict]:
     by side, so the seconds are those of the process that took longest. What was made elsewhere, or before
     costs were kept, is not in it.
     """
-    making = {stage: [] for stage in STAGES.values()}
-    evaluating = {}
+    making, evaluating = {}, {}
     for folder, row in _cost_rows(run):
-        stage = row["stage"]
-        if stage.endswith(".judged"):
-            stage = "judge:" + stage.removesuffix(".judged")
-        if stage in STAGES:
-            making[STAGES[stage]].append(row)
-        elif stage in OF_EVALUATION:
-            name = folder.removesuffix("/benchmarks")
-            evaluating.setdefault((OF_EVALUATION[stage], name), []).append(row)
-        else:
-            evaluating.setdefault(("evaluate", folder), []).append(row)
+        stage, model = stage_of(folder, row["stage"])
+        of_evaluation = stage in (BENCHMARKS, DRIFT, TEST)
+        (evaluating if of_evaluation else making).setdefault((stage, model), []).append(row)
 
     rows = []
-    for stage, made in making.items():
-        if made:
-            rows.append({"stage": stage, "model": "base", **_sums(made)})
+    for (stage, model), made in making.items():
+        rows.append({"stage": stage, "model": model, **_sums(made)})
     for name, found in training.items():
         rows += _training_costs(name, found)
-    for (stage, name), made in sorted(evaluating.items()):
-        rows.append({"stage": stage, "model": name, **_sums(made)})
+    for (stage, model), made in sorted(evaluating.items()):
+        rows.append({"stage": stage, "model": model, **_sums(made)})
     return rows
+
+
+def stage_of(folder: str, stage: str) -> tuple[str, str]:
+    """(stage, model) in the words of the report, of a row of the costs.jsonl in a run's folder.
+
+    What stands beside the run's own files was made for D' by the base model.
+    """
+    name, _, part = folder.partition("/")
+    if part == "benchmarks":
+        return BENCHMARKS, name
+    if stage in ("drift", "general"):
+        return DRIFT, name
+    if stage in ("test", "test.judged"):
+        return TEST, folder
+    model = "base" if folder == "." else folder
+    judged = stage.removeprefix("judge:").removesuffix(".judged")
+    if judged != stage:
+        return f"judge {judged.replace('_', ' ')}", model
+    return STAGES.get(stage, stage.replace("_", " ")), model
 
 
 def _training_costs(name: str, found: dict) -> list[dict]:

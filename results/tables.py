@@ -95,7 +95,7 @@ def metrics_table(results: dict) -> str:
     """The task's own metrics: a column each."""
     rows = []
     for name, model in results["models"].items():
-        cells = [f"{value:.3f}" for value in model["metrics"].values()]
+        cells = ["" if value is None else f"{value:.3f}" for value in model["metrics"].values()]
         rows.append([name, *cells])
     header = results["models"]["base"]["metrics"]
     return markdown_table(["method", *header], rows)

@@ -287,19 +287,28 @@ def test_a_cpu_that_imitates_bfloat16_computes_in_float32(tmp_path, monkeypatch)
 def test_the_trial_decides_where_the_cpu_has_bfloat16(tiny, tmp_path, monkeypatch):
     timed = []
 
-    def seconds(dtype, shapes):
-        timed.append((dtype, sorted(map(tuple, shapes))))
-        return {torch.float32: 2.0, torch.bfloat16: 1.0}[dtype]
+    def seconds(shapes):
+        timed.append(sorted(map(tuple, shapes)))
+        return {torch.float32: 2.0, torch.bfloat16: 1.0}
 
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(precision, "seconds_of_products", seconds)
     assert precision.fastest_dtype("cpu", large_model(tmp_path)) == "bfloat16"
     shapes = [(256, 512), (512, 512), (512, 1536), (1536, 512)]  # k and v, q and o, down, gate and up
-    assert timed == [(torch.float32, shapes), (torch.bfloat16, shapes)]
+    assert timed == [shapes]
 
-    assert precision.fastest_dtype("cpu", str(tiny)) == "float32" and len(timed) == 2  # too small to time
+    assert precision.fastest_dtype("cpu", str(tiny)) == "float32" and len(timed) == 1  # too small to time
     monkeypatch.setattr(precision.ranks, "WORLD", 2)
-    assert precision.fastest_dtype("cpu", large_model(tmp_path)) == "float32" and len(timed) == 2
+    assert precision.fastest_dtype("cpu", large_model(tmp_path)) == "float32" and len(timed) == 1
+
+
+def test_the_trial_takes_turns_for_a_second(monkeypatch):
+    """Products of 64 rows take about the square of a matrix's width."""
+    monkeypatch.setattr(precision, "SECONDS", 0.1)
+    small = precision.seconds_of_products([torch.Size((64, 64))])
+    large = precision.seconds_of_products([torch.Size((1024, 1024))])
+    assert small.keys() == large.keys() == {torch.float32, torch.bfloat16}
+    assert all(0 < small[dtype] < large[dtype] for dtype in small)
 
 
 @pytest.mark.parametrize(("capabilities", "expected"), [

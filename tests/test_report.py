@@ -16,10 +16,11 @@ from results.run_files import (
     read_costs,
     read_drift,
     read_training,
+    stage_of,
     unused_answers,
 )
 from results.table_4 import benchmarks_table, mean_drop, merge_benchmarks
-from results.tables import costs_table
+from results.tables import costs_table, metrics_table
 from support.cli import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
 
@@ -148,10 +149,30 @@ def test_every_stage_of_a_run_is_among_its_costs(tmp_path):
     found = {(row["stage"], row["model"]): row for row in read_costs(tmp_path, {"sft": training})}
     seconds = {name: row["seconds"] for name, row in found.items()}
     assert seconds == {("load", "sft"): 30, ("train", "sft"): 120, ("validate", "sft"): 60, ("drift", "sft"): 3,
-                       ("general benchmarks", "sft"): 1.5, ("evaluate", "sft/benchmarks"): 1.5}
+                       ("general benchmarks", "sft"): 3}
     assert found["validate", "sft"]["calls"] is None and found["drift", "sft"]["calls"] == 4
     table = costs_table({"config": {"task": "custom", "model": "M"}, "costs": list(found.values())})
     assert "| validate | sft |  |  | 1.0 | 27.8 |  |" in table and "| 3.6 | 100.0 |" in table
+
+
+@pytest.mark.parametrize(("folder", "stage", "expected"), [
+    (".", "predictions", ("predict", "base")), (".", "paraphrases.judged", ("judge paraphrases", "base")),
+    (".", "few_shot_3", ("few shot 3", "base")), (".", "few_shot_3.judged", ("judge few shot 3", "base")),
+    (".", "reflect_instructions", ("reflect instructions", "base")),
+    ("reflect", "reflect.judged", ("judge reflect", "reflect")),
+    ("base", "general", ("drift", "base")), ("s3ft", "drift", ("drift", "s3ft")),
+    ("base", "test", ("evaluate", "base")), ("base/train_prompt", "test.judged", ("evaluate", "base/train_prompt")),
+    ("base/bigcode", "test", ("evaluate", "base/bigcode")),
+    ("s3ft/benchmarks", "ifeval.256-tokens", ("general benchmarks", "s3ft")),
+    ("judges", "M.judged", ("judge M", "judges")),
+])
+def test_every_file_that_is_made_has_a_stage(folder, stage, expected):
+    assert stage_of(folder, stage) == expected
+
+
+def test_a_metric_that_is_no_number_is_left_out_of_its_table():
+    results = {"models": {"base": {"metrics": {"words": None, "chars": 2.0}}}}
+    assert "| base |  | 2.000 |" in metrics_table(results)
 
 
 def test_processes_that_work_side_by_side_cost_the_time_of_the_slowest(tmp_path):
@@ -213,7 +234,7 @@ def test_the_report_shows_a_row_of_each_branch_notes_and_costs(run):
     for row in results["log_probabilities"]["beside_gold"]:
         assert row["response"] == row["gold"]  # these responses are the gold's own text
     report = (run / "report.md").read_text()
-    assert "sft: Nothing was selected." in report and "## What D' costs" in report
+    assert "sft: Nothing was selected." in report and "## What D', training and evaluation cost" in report
     assert {row["stage"] for row in results["costs"]} >= {
         "load", "train", "validate", "evaluate", "drift", "load to evaluate", "Table 1 and Fig. 2"}
     assert "| validate | sft |  |  | " in report
