@@ -27,7 +27,8 @@ Decided here, the paper being silent:
 
 import re
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lora
@@ -45,15 +46,7 @@ from results.audit import audit
 from results.config import Machine, loading_of
 from results.reading_scores import reading_scores
 from results.report import write_benchmark_report, write_report
-from results.request import (
-    GENERATED,
-    Alone,
-    Evaluation,
-    config_of,
-    read_command_line,
-    scoring_of,
-    zero_shot_in_words,
-)
+from results.request import Alone, Evaluation, config_of, read_command_line, zero_shot_in_words
 from results.table_4 import merge_benchmarks
 from results.training_texts import TrainingTexts, describe
 from results.two_judges import compare_judges, judged_pairs, write_comparison
@@ -62,8 +55,8 @@ from support.cli import InputError, exit_cleanly
 from support.costs import CostMeter
 from support.files import digest, locked, read_jsonl, write_json
 from support.kept_rows import note
-from tasks import benchmarks, ifeval, mbpp, task_of
-from tasks.benchmarks import Scoring
+from tasks import mbpp, task_of
+from tasks.general import GENERATED, Scored, check_extras, drops_of, score_benchmarks
 
 GENERAL_TOKENS = 32  # of a response to a general prompt, at most
 DRIFT_PROMPTS = 24  # test prompts over which drift on the task is measured
@@ -75,7 +68,7 @@ TRAIN_PROMPT = "base (train prompt)"  # the base model's second row
 
 def evaluate_run(evaluation: Evaluation) -> dict:
     """Everything that report.md shows of a run, as one dictionary (results.json)."""
-    check_extras(evaluation)
+    check_extras(evaluation.benchmarks, Path(evaluation.machine.data))
     run, machine = evaluation.run, evaluation.machine
     config = config_of(evaluation)
     task, (train_rows, validation_rows, test_rows) = task_of(config, machine.data)
@@ -201,8 +194,8 @@ class Measure:
         result["drift"] = kept_drift(self.model, self.tokenizer, dialogues, folder / "drift.json")
         result["training"] = run_files.read_training(evaluation.run / name)
         if evaluation.benchmarks:
-            scored = self._score(name)
-            result["benchmarks"] = {"scores": scored.scores} | drops_of(self.base_scored, scored)
+            found = self._score(name)
+            result["benchmarks"] = {"scores": found.scores} | drops_of(self.base_scored, found)
         return result
 
     def answers(self, template: str, folder: Path, name: str) -> dict:
@@ -264,11 +257,11 @@ class Measure:
             "task": dialogues_of(prompts, folder / "test.jsonl"),
         }
 
-    def _score(self, name: str) -> "Scored":
+    def _score(self, name: str) -> Scored:
         """The model on the general benchmarks. Each document's scores are kept with it."""
         evaluation = self.evaluation
         folder = evaluation.run / name / "benchmarks"
-        return score_benchmarks(self.model, self.tokenizer, evaluation, folder)
+        return scored(self.model, self.tokenizer, evaluation, folder)
 
 
 def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:
@@ -280,67 +273,19 @@ def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:
     return dialogues
 
 
+def scored(model, tokenizer, asked: Evaluation | Alone, folder: Path) -> Scored:
+    """A model on the general benchmarks that are asked for. Each document's scores are kept in `folder`."""
+    local = partial(respond, LocalModel(model, tokenizer))
+    data = Path(asked.machine.data)
+    return score_benchmarks(model, tokenizer, local, asked.benchmarks, asked.scoring, data, folder)
+
+
 def metric_means(task: Task, pairs: list[tuple[Example, str]]) -> dict[str, float]:
     """The mean of each of the task's own metrics over (example, response) pairs."""
     means = {}
     for name, metric in task.metrics.items():
         means[name] = sum(metric(x, response) for x, response in pairs) / len(pairs)
     return means
-
-
-# ------------------------------------------------------------------------------ general benchmarks
-
-
-@dataclass
-class Scored:
-    """A model on the general benchmarks."""
-
-    scores: dict[str, dict] = field(default_factory=dict)  # by benchmark, each with how it was asked for
-    samples: list[dict] = field(default_factory=list)  # every document of those that score options
-    grades: list[dict] = field(default_factory=list)  # every prompt of IFEval
-
-
-def score_benchmarks(model, tokenizer, asked: Evaluation | Alone, folder: Path) -> Scored:
-    """Ask a model the general benchmarks. What is in `folder` already is not asked again."""
-    result = Scored()
-    for name in asked.benchmarks:
-        scoring = scoring_of(asked, name)
-        if name == GENERATED:
-            result.grades = grade_ifeval(model, tokenizer, asked.machine.data, folder, scoring)
-            score = ifeval.summary(result.grades)
-        else:
-            data = asked.machine.data
-            scores, samples = benchmarks.score(model, tokenizer, [name], data, folder, scoring)
-            score = scores[name]
-            result.samples += samples
-        result.scores[name] = score | {"settings": scoring.settings()}
-    return result
-
-
-def grade_ifeval(model, tokenizer, data: str, folder: Path, scoring: Scoring) -> list[dict]:
-    """IFEval's grades, from responses that `folder` keeps, those of another token limit in another file."""
-    checkers = ifeval.load_checkers(Path(data))
-    rows = ifeval.rows(Path(data), scoring.limit, scoring.sampled)
-    prompts = {str(row["key"]): row["prompt"] for row in rows}
-    limits = Limits(scoring.max_new_tokens or ifeval.MAX_NEW_TOKENS)
-    file = f"ifeval.{limits.max_new_tokens}-tokens.jsonl" if scoring.max_new_tokens else "ifeval.jsonl"
-    responses = respond(LocalModel(model, tokenizer), prompts, folder / file, limits)
-    return [ifeval.grade(checkers, row, responses[str(row["key"])]["response"]) for row in rows]
-
-
-def drops_of(base: Scored, tuned: Scored) -> dict[str, dict]:
-    """By how much the trained model falls below the base model on each benchmark, paired by document."""
-    drop = benchmarks.paired_drop(base.samples, tuned.samples)
-    if tuned.grades:
-        drop[GENERATED] = ifeval.paired_drop(base.grades, tuned.grades)[ifeval.HEADLINE]
-    return {"drop": drop, "drop_log_p": benchmarks.paired_drop(base.samples, tuned.samples, metric="log_p")}
-
-
-def check_extras(asked: Evaluation | Alone) -> None:
-    """InputError: a package that a benchmark needs is not installed. It is said before hours are spent."""
-    if GENERATED in asked.benchmarks:
-        with ranks.rank_0_first():  # which downloads what is missing
-            ifeval.load_checkers(Path(asked.machine.data))
 
 
 # ------------------------------------------------------------------------------ drift
@@ -412,7 +357,7 @@ def judge_again(evaluation: Evaluation) -> str:
 
 def score_model(alone: Alone) -> str:
     """Score a model that belongs to no run -> the text of its report."""
-    check_extras(alone)
+    check_extras(alone.benchmarks, Path(alone.machine.data))
     model, tokenizer = load_model(
         alone.model,
         alone.machine.device,
@@ -422,7 +367,7 @@ def score_model(alone: Alone) -> str:
     )
     if alone.adapter:
         load_adapter(model, alone.adapter)
-    scores = score_benchmarks(model, tokenizer, alone, alone.out).scores
+    scores = scored(model, tokenizer, alone, alone.out).scores
 
     weights = fingerprint(model)
     models = {alone.model: {"weights": weights, "benchmarks": {"scores": scores}}}

@@ -1,7 +1,7 @@
 """What evaluate.py is asked for: its command line, read into plain values."""
 
 import argparse
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,11 +13,9 @@ from results.run_files import trained_methods
 from support.cli import InputError, one_line_error, positive_int
 from support.files import file_digests, read_json
 from tasks import CUSTOM_FLAGS
-from tasks.benchmarks import BENCHMARKS, ZERO_SHOT, Scoring
+from tasks.benchmarks import ZERO_SHOT, Scoring
+from tasks.general import GENERATED, NAMES, SHOWS_SHOTS
 
-SHOWS_SHOTS = "mmlu"  # the benchmark whose questions can stand below solved ones
-GENERATED = "ifeval"  # the benchmark whose prompts are answered, as a user turn
-NAMES = (*BENCHMARKS, GENERATED)
 OF_THE_OWN_TASK = ("files", "contents", "judge", "max_new_tokens", *CUSTOM_FLAGS)  # settings of a run
 
 
@@ -70,15 +68,6 @@ class Alone:
     machine: Machine
     benchmarks: tuple[str, ...]
     scoring: Scoring
-
-
-def scoring_of(asked: Evaluation | Alone, name: str) -> Scoring:
-    """How a benchmark is asked: MMLU alone heeds --num-fewshot, and IFEval always has the chat template."""
-    if name == SHOWS_SHOTS:
-        return replace(asked.scoring, max_new_tokens=None)
-    if name == GENERATED:
-        return replace(asked.scoring, num_fewshot=0, apply_chat_template=True, add_bos=False)
-    return replace(asked.scoring, num_fewshot=0, max_new_tokens=None)
 
 
 def zero_shot_in_words(asked: Evaluation | Alone) -> str:

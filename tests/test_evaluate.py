@@ -20,6 +20,7 @@ from evaluate import kl_drift
 from support.cli import InputError, exit_cleanly
 from support.files import read_jsonl, write_jsonl
 from support.stats import mcnemar, wilson
+from tasks import general
 
 
 @pytest.mark.parametrize(("successes", "n", "expected"), [
@@ -166,7 +167,7 @@ def test_a_report_with_general_benchmarks_shows_the_drop(run, tmp_path, monkeypa
     for file, rows in BENCHMARK_ROWS.items():
         (tmp_path / "data" / file).parent.mkdir(parents=True)
         write_jsonl(tmp_path / "data" / file, rows)
-        monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+        monkeypatch.setitem(general.benchmarks.COUNTS, file, 3)
     evaluate.main([f"--out={run}", "--device=cpu", "--benchmarks=winogrande,hellaswag", f"--data={tmp_path / 'data'}"])
     models = json.loads((run / "results.json").read_text())["models"]
     assert len(read_jsonl(run / "sft" / "benchmarks" / "samples.jsonl")) == 6
@@ -193,7 +194,7 @@ def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
     file = "winogrande/validation.jsonl"
     (tmp_path / "data" / "winogrande").mkdir(parents=True)
     write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
-    monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+    monkeypatch.setitem(general.benchmarks.COUNTS, file, 3)
     argv = [f"--model={tiny}", "--benchmarks=winogrande", f"--data={tmp_path / 'data'}", "--device=cpu", "--limit=2"]
     evaluate.main([*argv, f"--out={tmp_path / 'alone'}"])
     assert json.loads((tmp_path / "alone" / "results.json").read_text())["benchmarks"]["winogrande"]["n"] == 2
@@ -210,7 +211,7 @@ def test_the_report_of_one_model_holds_no_scores_of_another(tiny, run, tmp_path,
     for file in ("winogrande/validation.jsonl", "hellaswag/validation.jsonl"):
         (tmp_path / "data" / file).parent.mkdir(parents=True)
         write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
-        monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+        monkeypatch.setitem(general.benchmarks.COUNTS, file, 3)
     argv = [f"--model={tiny}", f"--data={tmp_path / 'data'}", "--device=cpu", f"--out={tmp_path / 'alone'}"]
     evaluate.main([*argv, "--benchmarks=winogrande", f"--adapter={run / 'sft'}"])
     evaluate.main([*argv, "--benchmarks=hellaswag", f"--adapter={run / 'sft'}"])
@@ -237,9 +238,9 @@ def test_ifeval_is_answered_graded_and_compared(run, tmp_path, monkeypatch):
     rows = [{"key": i, "prompt": f"Write {i} words without a comma.", "instruction_id_list": ["punctuation:no_comma"],
              "kwargs": [{}]} for i in range(3)]
     write_jsonl(tmp_path / "data" / "ifeval" / "input_data.jsonl", rows)
-    monkeypatch.setattr(evaluate.ifeval, "COUNT", 3)
-    monkeypatch.setattr(evaluate.ifeval, "MAX_NEW_TOKENS", 4)
-    monkeypatch.setattr(evaluate.ifeval, "load_checkers", lambda data: CommaChecker)
+    monkeypatch.setattr(general.ifeval, "COUNT", 3)
+    monkeypatch.setattr(general.ifeval, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(general.ifeval, "load_checkers", lambda data: CommaChecker)
     evaluate.main([f"--out={run}", "--device=cpu", "--benchmarks=ifeval", f"--data={tmp_path / 'data'}"])
 
     models = json.loads((run / "results.json").read_text())["models"]
@@ -264,7 +265,7 @@ def test_a_score_says_how_many_shots_were_shown(tiny, tmp_path, monkeypatch, cap
     file = "winogrande/validation.jsonl"
     (tmp_path / "data" / "winogrande").mkdir(parents=True)
     write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
-    monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+    monkeypatch.setitem(general.benchmarks.COUNTS, file, 3)
     evaluate.main([f"--model={tiny}", "--benchmarks=winogrande", "--num-fewshot=2", f"--data={tmp_path / 'data'}",
                    "--device=cpu", f"--out={tmp_path / 'alone'}"])
     scores = json.loads((tmp_path / "alone" / "results.json").read_text())["benchmarks"]
