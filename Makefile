@@ -16,11 +16,12 @@ OLDEST := .venv-oldest
 SMOL  := models/SmolLM2-135M-Instruct
 PIP   := -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest gsm8k mbpp nq tables gpu-smoke bench bench-eval bench-judge bench-memory bench-gpu \
+.PHONY: help demo lesson test test-oldest gsm8k mbpp nq tables gpu-smoke bench bench-eval bench-judge bench-memory bench-gpu \
 	sweep fuzz study study-report clean
 
 help:
 	@echo "make demo    S3FT and SFT on a small real model and 60 own-written passages: about 8 minutes on 2 CPU cores"
+	@echo "make lesson  examples/s3ft_in_an_hour.ipynb, executed into runs/lesson: under 10 minutes on 2 CPU cores"
 	@echo "make test    set up and run the tests: under 10 minutes on 2 CPU cores"
 	@echo "make gsm8k   the paper's run: D', training, evaluation, Table 4 (also: make mbpp, make nq)"
 	@echo "make tables  the runs of gsm8k, mbpp and nq in one page: Tables 2 to 4"
@@ -49,6 +50,10 @@ $(VENV)/ready-dev: $(VENV)/ready
 	$(PY) $(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(VENV)/ready-lesson: $(VENV)/ready
+	$(PY) $(PIP) -c constraints.txt -e '.[lesson]'
+	@touch $@
+
 # The peers of the benchmarks, in an environment of their own: lm-eval brings a package that is named evaluate, like our module.
 $(BENCH)/ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(BENCH)
@@ -64,6 +69,11 @@ demo: $(VENV)/ready $(SMOL)/config.json
 	for method in sft s3ft; do \
 		$(PY) s3ft.py --task reading --method $$method --model $(SMOL) --out runs/demo --limit 96 --lr 1e-3 --share-prefix || exit; done
 	$(PY) evaluate.py --out runs/demo
+
+LESSON := s3ft_in_an_hour.ipynb
+lesson: $(VENV)/ready-lesson $(SMOL)/config.json
+	$(PY) -m nbconvert --execute --to notebook --output-dir runs/lesson examples/$(LESSON)
+	$(PY) -m nbconvert --to html runs/lesson/$(LESSON)
 
 test: $(VENV)/ready-dev $(SMOL)/config.json
 	$(PY) -m ruff check .

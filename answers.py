@@ -15,37 +15,32 @@ of turn where the stop string ended them. Judges and people see the text. `diges
 prompt, limits and sampling, and model. A file made elsewhere needs `id` and `response` alone.
 """
 
+import contextlib
+import gc
 import inspect
-import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import judges
 import lora
 from data import Example, Task, prompt
-from engine.chat import chat_ids, end_of_turn, end_tokens, training_ids
-from engine.decoding import Sampling
+from engine.chat import chat_ids, end_of_turn, end_tokens, plain_ids, training_ids
+from engine.decoding import Limits, Response, Sampling
 from engine.fingerprint import fingerprint
-from engine.model import context_length
+from engine.model import context_length, load_model
 from engine.packed import log_probs
+from engine.server import ServedModel, is_url
 from generate import generate
-from support import numerals, ranks, sandbox, short_answers
+from support import numerals, ranks, rouge, sandbox, short_answers
 from support.cli import InputError
 from support.costs import CostMeter
 from support.files import RowFile, digest
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where a response ends, at the latest."""
-
-    max_new_tokens: int
-    stop: str | None = None  # a text that ends it, such as [[DONE]]
+from support.kept_rows import note, refuse_other_questions
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,7 @@ class Answer:
 
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of sample()
+FIRST_TOKENS = 16  # of a served response, that are compared with the model's own
 JUDGE_LIMITS = Limits(max_new_tokens=8)  # of the LLM judge: room for True or False
 
 # ------------------------------------------------------------------------------ the base model
@@ -78,6 +74,19 @@ class BaseLM:
         self.task = task
         self.run = run
         self.keep_unfinished = keep_unfinished
+        self.local = LocalModel(model, tokenizer)
+        self.responder = self.local  # or a server of the same model
+        self.judge = LocalModel(model, tokenizer, adapter=False)  # whom the LLM judge asks; or another model
+
+    def ask_others(self, engine: str | None, judge_model: str | None, weights: str, loading: dict) -> None:
+        """Have a server answer in the model's place, whose `weights` it has, or another model judge.
+
+        InputError: the judge cannot be asked.
+        """
+        if engine:
+            self.responder = ServedModel.at(engine, weights, loading["chat_template_kwargs"])
+        if judge_model:
+            self.judge = other_model(judge_model, "--judge-model", **loading)
 
     def gold(self, x: Example) -> str:
         return self.task.gold(x)
@@ -119,10 +128,11 @@ class BaseLM:
         """Judged answers to prompts (id -> user turn) of any kind, kept in RUN/`kind`.jsonl. id -> Answer."""
         limits = Limits(self.task.max_new_tokens, self.task.stop)
         path = self.run / f"{kind}.jsonl"
-        rows = respond(self.model, self.tokenizer, prompts, path, limits, sampling)
+        if not sampling:
+            check_first_response(self.responder, self.local, prompts, path, limits)
+        rows = respond(self.responder, prompts, path, limits, sampling)
         pairs = [(x, rows[x.id]["response"]) for x in D]
-        judged = path.with_suffix(".judged.jsonl")
-        verdicts = judge_answers(self.model, self.tokenizer, self.task, pairs, judged)
+        verdicts = judge_answers(self.judge, self.task, pairs, path.with_suffix(".judged.jsonl"))
 
         answers = {}
         for x in D:
@@ -142,19 +152,131 @@ class BaseLM:
         return tuple(tokens)
 
 
+# ------------------------------------------------------------------------------ who answers
+
+
+class LocalModel:
+    """A loaded model that answers user turns (generate.py).
+
+    Without `adapter` the base model answers, also inside a trained one (A.5). Without `chat` a prompt is a
+    text that the model goes on with, and no user turn.
+    """
+
+    name = None  # verdicts name a judge that is another model
+
+    def __init__(self, model, tokenizer, adapter: bool = True, chat: bool = True):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.adapter = adapter
+        self.chat = chat
+
+    def weights(self):
+        """Inside this `with` block the model computes with the weights that are asked."""
+        return contextlib.nullcontext() if self.adapter else lora.disabled(self.model)
+
+    def identity(self) -> str:
+        """16 digits that tell these weights from others."""
+        with self.weights():
+            return fingerprint(self.model)
+
+    def encode(self, prompts: dict[str, str]) -> dict[str, list[int]]:
+        """Token ids `[length]` of every prompt (id -> user turn).
+
+        InputError: a prompt fills the model's context. It is named by its id.
+        """
+        longest = context_length(self.model.config)
+        encoded = {}
+        for id, text in prompts.items():
+            ids = chat_ids(self.tokenizer, text) if self.chat else plain_ids(self.tokenizer, text)
+            if len(ids) >= longest:
+                raise InputError(
+                    f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
+            encoded[id] = ids
+        return encoded
+
+    def generate(
+        self, encoded: dict[str, list[int]], limits: Limits, sampling: Sampling | None = None
+    ) -> Iterator[tuple[str, Response]]:
+        """(id, response) of every prompt that `encode` gave, each as soon as it is finished."""
+        ids = list(encoded)
+        prompts = list(encoded.values())
+        end = (limits.max_new_tokens, limits.stop)
+        with self.weights():
+            made = generate(
+                self.model, self.tokenizer, prompts, *end, chat=self.chat, sample=sampling)
+            for index, response in made:
+                yield ids[index], response
+
+    def release(self) -> None:
+        """It stays in memory: it is the model that is trained or evaluated."""
+
+
+class NamedModel:
+    """Another local model, such as a judge or a teacher: in memory from when it is asked until `release`."""
+
+    def __init__(self, name: str, flag: str, **loading):
+        """`name` is what `flag` said, and `loading` what load_model takes beside it."""
+        self.name = name
+        self.flag = flag
+        self.loading = loading
+        self.local: LocalModel | None = None
+        self.known_identity = ""
+
+    def load(self) -> LocalModel:
+        if self.local is None:
+            try:
+                self.local = LocalModel(*load_model(self.name, **self.loading))
+            except InputError as error:
+                raise InputError(str(error).replace("--model", self.flag, 1)) from None
+        return self.local
+
+    def identity(self) -> str:
+        """16 digits that tell its weights from others. They are read once."""
+        if not self.known_identity:
+            self.known_identity = self.load().identity()
+        return self.known_identity
+
+    def encode(self, prompts: dict[str, str]) -> dict[str, list[int]]:
+        return self.load().encode(prompts)
+
+    def generate(
+        self, encoded: dict[str, list[int]], limits: Limits, sampling: Sampling | None = None
+    ) -> Iterator[tuple[str, Response]]:
+        return self.load().generate(encoded, limits, sampling)
+
+    def release(self) -> None:
+        """Give back its memory. It is loaded again when it is asked again."""
+        self.local = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def other_model(name: str, flag: str, **loading) -> NamedModel | ServedModel:
+    """The model of --judge-model or --teacher: behind a server where the name is an address, else local.
+
+    InputError: its server does not answer. It is said before hours are spent.
+    """
+    if not is_url(name):
+        return NamedModel(name, flag, **loading)
+    served = ServedModel.at(name, chat_template_kwargs=loading.get("chat_template_kwargs"))
+    served.check()
+    return served
+
+
 # ------------------------------------------------------------------------------ responses
 
 
 def respond(
-    model, tokenizer, prompts: dict[str, str], path: Path, limits: Limits, sampling: Sampling | None = None
+    responder, prompts: dict[str, str], path: Path, limits: Limits, sampling: Sampling | None = None
 ) -> dict[str, dict]:
     """A response to every prompt (id -> user turn), kept in `path`: id -> row.
 
     What the file holds already is not made again.
     InputError: a row there answers another question (the line says what changed), or is no row of responses.
     """
-    encoded = encode_prompts(model, tokenizer, prompts)
-    digests = question_digests(model, encoded, limits, sampling)
+    encoded = responder.encode(prompts)
+    digests = question_digests(responder, encoded, limits, sampling)
     file = RowFile(path)
     refuse_other_questions(file, digests)
     ids = file.missing(prompts)
@@ -164,124 +286,82 @@ def respond(
         label = f"{path.parent.name}/{path.stem}"
         missing = {id: encoded[id] for id in ids}
         with CostMeter(path) as cost:
-            for row in stream_responses(model, tokenizer, missing, limits, label, keyed):
-                file.append(row | {"digest": digests[row["id"]]})
-                cost.add(calls=1, tokens=len(row["tokens"]))
+            for id, response in stream_responses(responder, missing, limits, label, keyed):
+                file.append(row_of(id, response) | {"digest": digests[id]})
+                cost.add(calls=1, tokens=response.length)
     return file.finish(prompts)
 
 
+def check_first_response(
+    served: ServedModel | LocalModel, local: LocalModel, prompts: dict[str, str], path: Path, limits: Limits
+) -> None:
+    """Have a server make the first response, and say so where it does not begin as the model's own.
+
+    Then the server has other weights, another template or other settings. In bfloat16 it can be a near-tie.
+    """
+    if served is local:
+        return
+    first = dict(list(prompts.items())[:1])
+    for id, row in respond(served, first, path, limits).items():
+        few = Limits(min(FIRST_TOKENS, limits.max_new_tokens), limits.stop)
+        ((_, own),) = local.generate(local.encode(first), few)
+        begins = own.text.rstrip("\ufffd")  # which stands for a part of a character
+        if not row["response"].startswith(begins):
+            answered = row["response"][:80]
+            note(f"{path}, row {id}: {served.name} at {served.url} answers {answered!r}, the model itself "
+                 f"{begins!r}. Has the server the same weights and settings? See docs/scale.md")
+
+
+def row_of(id: str, response: Response) -> dict:
+    """A response as its file keeps it. A served one has no tokens."""
+    row = {"id": id, "response": response.text}
+    if response.tokens is not None:
+        row["tokens"] = response.tokens
+    return row | {"finished": response.finished}
+
+
 def stream_responses(
-    model,
-    tokenizer,
-    encoded: dict[str, list[int]],
-    limits: Limits,
-    label: str,
-    sampling: Sampling | None = None,
-) -> Iterator[dict]:
-    """Responses to prompts (id -> token ids) as rows, in the order in which they finish."""
-    ids = list(encoded)
+    responder, encoded: dict, limits: Limits, label: str, sampling: Sampling | None = None
+) -> Iterator[tuple[str, Response]]:
+    """(id, response) of every encoded prompt, in the order in which they finish, beside a progress bar."""
     tokens, started = 0, time.monotonic()
-    with tqdm(total=len(ids), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
-        prompts = list(encoded.values())
-        made = generate(model, tokenizer, prompts, limits.max_new_tokens, limits.stop, sample=sampling)
-        for index, response in made:
-            tokens += len(response.tokens)
+    with tqdm(total=len(encoded), desc=label, unit="row", leave=not label.startswith("validation")) as bar:
+        for id, response in responder.generate(encoded, limits, sampling):
+            tokens += response.length
             bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
             bar.update()
-            row = {"id": ids[index], "response": response.text}
-            yield row | {"tokens": response.tokens, "finished": response.finished}
-
-
-def encode_prompts(model, tokenizer, prompts: dict[str, str]) -> dict[str, list[int]]:
-    """Token ids `[length]` of every prompt (id -> user turn).
-
-    InputError: a prompt fills the model's context. It is named by its id.
-    """
-    longest = context_length(model.config)
-    encoded = {}
-    for id, text in prompts.items():
-        ids = chat_ids(tokenizer, text)
-        if len(ids) >= longest:
-            raise InputError(
-                f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
-        encoded[id] = ids
-    return encoded
-
-
-# ------------------------------------------------------------------------------ what a kept row answers
-
-PARTS_OF_A_QUESTION = ("prompt", "limits or sampling", "model")  # in the order of a digest
+            yield id, response
 
 
 def question_digests(
-    model, encoded: dict[str, list[int]], limits: Limits, sampling: Sampling | None
+    responder, encoded: dict, limits: Limits, sampling: Sampling | None
 ) -> dict[str, str]:
     """id -> what makes the response, as three digests.
 
-    They are of the prompt's tokens, of limits and sampling, and of the model.
+    They are of the encoded prompt, of limits and sampling, and of the model.
     """
     drawn = [sampling.temperature, sampling.top_p, sampling.seed] if sampling else None
     how = digest(limits.max_new_tokens, limits.stop, drawn)[:8]
-    who = fingerprint(model)[:8]
-    return {id: f"{digest(ids)[:8]}-{how}-{who}" for id, ids in encoded.items()}
-
-
-def refuse_other_questions(file: RowFile, digests: dict[str, str]) -> None:
-    """InputError: a row is no response, or answers another question.
-
-    Rows without a digest were made elsewhere.
-    """
-    made_elsewhere, changed = 0, Counter()
-    for number, (id, row) in enumerate(file.rows.items(), 1):
-        if not isinstance(id, str) or not isinstance(row.get("response"), str):
-            raise InputError(f"{file.path}, row {number}: needs the text fields 'id' and 'response'")
-        if id not in digests:
-            continue  # a row that this call was not asked about
-        if "digest" not in row:
-            made_elsewhere += 1
-        elif row["digest"] != digests[id]:
-            changed[what_changed(str(row["digest"]), digests[id])] += 1
-
-    if changed:
-        what, n = changed.most_common(1)[0]
-        raise InputError(f"{file.path}: {n} of its rows answer {what} than this run asks about: take another "
-                         "--out, or remove the file to make them anew")
-    if made_elsewhere:
-        note(f"{file.path}: {made_elsewhere} rows were made elsewhere (they carry no digest) and are taken "
-             "as they are")
-
-
-def what_changed(before: str, now: str) -> str:
-    """The parts in which two digests of question_digests differ, in words."""
-    found = []
-    for part, old, new in zip(PARTS_OF_A_QUESTION, before.split("-"), now.split("-"), strict=False):
-        if old != new:
-            found.append(f"another {part}")
-    return " and ".join(found) or "another question"
-
-
-def note(line: str) -> None:
-    """Say something about the run's files, once and not by every process."""
-    if ranks.RANK == 0:
-        print(line, file=sys.stderr, flush=True)
+    who = responder.identity()[:8]
+    return {id: f"{digest(asked)[:8]}-{how}-{who}" for id, asked in encoded.items()}
 
 
 # ------------------------------------------------------------------------------ verdicts
 
 
 def judge_answers(
-    model, tokenizer, task: Task, pairs: list[tuple[Example, str]], path: Path
+    judge, task: Task, pairs: list[tuple[Example, str]], path: Path
 ) -> dict[str, bool | None]:
-    """The judge's verdict on every (example, response): id -> accepted.
+    """The verdict of the task's judge on every (example, response): id -> accepted.
 
-    None stands for a verdict that could not be read.
+    The LLM judge asks the model `judge`. None stands for a verdict that could not be read.
     Kept in `path` with a digest of response, gold, tests and judge. A verdict on anything else is made anew.
     """
-    judge = judge_digest(model, task.judge)
+    made_by = judge_digest(judge, task.judge)
     digests = {}
     for x, response in pairs:
         gold = [x.question, x.answer, list(x.aliases), x.unanswerable, list(x.tests), x.setup]
-        digests[x.id] = digest(response, gold, judge)
+        digests[x.id] = digest(response, gold, made_by)
 
     file = RowFile(path)
     stale = [id for id, row in file.rows.items() if id in digests and row.get("digest") != digests[id]]
@@ -295,56 +375,61 @@ def judge_answers(
 
     if todo:
         bar = tqdm(todo, desc=f"{path.parent.name}/{path.stem}", unit="row")
+        named = {"judge": judge.name} if task.judge == "llm" and judge.name else {}
         with CostMeter(path) as cost:
-            verdicts = judges.judge_all(task.judge, todo, ask_base_model(model, tokenizer, cost))
+            verdicts = judges.judge_all(task.judge, todo, replies_of(judge, cost))
             for (x, _), accepted in zip(bar, verdicts, strict=True):
-                file.append({"id": x.id, "accepted": accepted, "digest": digests[x.id]})
+                file.append({"id": x.id, "accepted": accepted, "digest": digests[x.id]} | named)
                 cost.add(calls=1)
+    judge.release()
     return {id: row["accepted"] for id, row in file.finish(digests).items()}
 
 
-def judge_digest(model, name: str) -> str:
-    """What a judge is: its prompt and the base model, or the source of its function and of what that uses."""
+def judge_digest(judge, name: str) -> str:
+    """What a judge is: its prompt and its model, or the source of its function and of what that uses."""
     if name == "llm":
-        with lora.disabled(model):
-            return digest(judges.LLM_JUDGE, fingerprint(model))
-    module = inspect.getmodule(judges.JUDGES[name])
-    sources = [inspect.getsource(part) for part in (module, numerals, sandbox, short_answers)]
+        return digest(judges.LLM_JUDGE, judge.identity())
+    module = inspect.getmodule(judges.judge_named(name))
+    sources = [inspect.getsource(part) for part in (module, numerals, rouge, sandbox, short_answers)]
     return digest(name, sources, sandbox.numpy_parent != "")
 
 
-def selection_digest(model, task: Task, method, keep_unfinished: bool) -> str:
-    """What D' is made by: the method's source, the task's prompts and gold, and the judge."""
+def selection_digest(base: BaseLM, method) -> str:
+    """What D' is made by: the method's source, the task's prompts and gold, and the judge.
+
+    A judge that is another model is loaded for it, and so is known to work before hours are spent.
+    """
+    task = base.task
     function = getattr(method, "func", method)  # of a functools.partial
     sources = [inspect.getsource(function), inspect.getsource(task.gold)]
     templates = [task.predict, task.train, task.paraphrase]
-    return digest(sources, templates, judge_digest(model, task.judge), keep_unfinished)
+    judge = judge_digest(base.judge, task.judge)
+    base.judge.release()
+    return digest(sources, templates, judge, base.keep_unfinished)
 
 
-def ask_base_model(model, tokenizer, cost: CostMeter | None = None):
-    """What the LLM judge asks: the base model, also inside a trained one (A.5)."""
+def replies_of(judge, cost: CostMeter | None = None):
+    """What the LLM judge asks: a function that gives a list of replies of a model for a list of prompts."""
 
     def ask(prompts: list[str]) -> list[str]:
-        named = {f"{i} of the LLM judge": text for i, text in enumerate(prompts, 1)}
-        encoded = list(encode_prompts(model, tokenizer, named).values())
-        with lora.disabled(model):
-            replies = dict(generate(model, tokenizer, encoded, JUDGE_LIMITS.max_new_tokens))
+        encoded = judge.encode({f"{i} of the LLM judge": text for i, text in enumerate(prompts, 1)})
+        replies = dict(judge.generate(encoded, JUDGE_LIMITS))
         if cost:
-            cost.add(tokens=sum(len(reply.tokens) for reply in replies.values()))
-        return [replies[i].text for i in range(len(prompts))]
+            cost.add(tokens=sum(reply.length for reply in replies.values()))
+        return [replies[id].text for id in encoded]
 
     return ask
 
 
-def validate(model, tokenizer, task: Task, examples: list[Example]) -> float:
+def validate(model, tokenizer, task: Task, examples: list[Example], judge) -> float:
     """Accuracy of a model in training, by the task's judge. Nothing is kept."""
     mine = ranks.share(examples)
-    encoded = encode_prompts(model, tokenizer, {x.id: prompt(task.train, x) for x in mine})
+    trained = LocalModel(model, tokenizer)
+    encoded = trained.encode({x.id: prompt(task.train, x) for x in mine})
     limits = Limits(task.max_new_tokens, task.stop)
-    responses = {}
-    for row in stream_responses(model, tokenizer, encoded, limits, "validation"):
-        responses[row["id"]] = row["response"]
-    pairs = [(x, responses[x.id]) for x in mine]
-    verdicts = judges.judge_all(task.judge, pairs, ask_base_model(model, tokenizer))
-    (correct,) = ranks.totals(sum(verdict is True for verdict in verdicts))
+    responses = dict(stream_responses(trained, encoded, limits, "validation"))
+    pairs = [(x, responses[x.id].text) for x in mine]
+    verdicts = list(judges.judge_all(task.judge, pairs, replies_of(judge)))
+    judge.release()
+    (correct,) = ranks.totals(verdicts.count(True))
     return correct / len(examples)

@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.cli import InputError
@@ -45,7 +45,8 @@ def plain_gold(example: Example) -> str:
 class Task:
     """All that sets one task apart.
 
-    The templates are user turns. `steps` and `eval_every` are the paper's (A.3).
+    The templates are user turns. `steps` and `eval_every` are the paper's (A.3). `metrics` are scores of a
+    response. The report has the mean of each over the test rows.
     """
 
     load: Callable[[Path], Splits] | None  # from the data folder. None: the rows are a person's own
@@ -58,6 +59,7 @@ class Task:
     stop: str | None = None  # a response ends with this text, where it has it
     steps: int = 5000
     eval_every: int = 500
+    metrics: dict[str, Callable[[Example, str], float]] = field(default_factory=dict)
     note: str = ""  # one line for the person who runs it: what was recognised in their files
 
 

@@ -6,6 +6,7 @@
     python evaluate.py --out RUN --test-file F                its models on another test file of one's own
     python evaluate.py --out RUN --show ID                    a training row's way through the three branches
     python evaluate.py --out RUN --audit 200                  the judge against people: see results/audit.py
+    python evaluate.py --out RUN --compare-judge M            another judge on the same answers
     python evaluate.py --out F --model M --benchmarks mmlu    a model on its own
 
 A run is the folder that s3ft.py wrote. Added to it are, for the base model and every trained one, test.jsonl
@@ -14,7 +15,8 @@ What is there already is not made again.
 
 Decided here, the paper being silent:
 1. Prompt at test time: the base model gets the predict prompt (it is "prompted"), a trained model its train
-   prompt. Where the two differ, the base model is measured under the train prompt too.
+   prompt. Where the two differ, the base model is measured under the train prompt too. On MBPP every model is
+   asked a second time in the way of bigcode-evaluation-harness, with which the paper scores (tasks/mbpp.py).
 2. Accuracy comes with Wilson's 95 % interval, a difference to SFT with McNemar's exact test over the same
    test rows.
 3. Drift is the mean of KL(base || tuned) over every token of the base model's own greedy responses, to
@@ -23,43 +25,38 @@ Decided here, the paper being silent:
 4. An unreadable verdict of the LLM judge counts as not accepted, and is counted.
 """
 
+import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import torch
-import transformers
-
 import lora
-from answers import Limits, judge_answers, note, respond
+from answers import LocalModel, check_first_response, judge_answers, other_model, respond
 from data import EXAMPLES, Example, Task, prompt
 from engine.chat import training_ids
+from engine.decoding import Limits
 from engine.drift import kl_drift
 from engine.fingerprint import fingerprint
-from engine.model import load_model, peak_memory_gib
+from engine.model import load_model, machine_of, peak_memory_gib
 from engine.packed import token_log_probs
+from engine.server import ServedModel
 from results import run_files
 from results.audit import audit
-from results.config import Machine
+from results.config import Machine, loading_of
 from results.reading_scores import reading_scores
 from results.report import write_benchmark_report, write_report
-from results.request import (
-    GENERATED,
-    Alone,
-    Evaluation,
-    config_of,
-    read_command_line,
-    scoring_of,
-    zero_shot_in_words,
-)
+from results.request import Alone, Evaluation, config_of, read_command_line, zero_shot_in_words
 from results.table_4 import merge_benchmarks
 from results.training_texts import TrainingTexts, describe
+from results.two_judges import compare_judges, judged_pairs, write_comparison
 from support import ranks, sandbox
 from support.cli import InputError, exit_cleanly
+from support.costs import CostMeter
 from support.files import digest, locked, read_jsonl, write_json
-from support.stats import wilson
-from tasks import benchmarks, gsm8k, ifeval, task_of
-from tasks.benchmarks import Scoring
+from support.kept_rows import note
+from tasks import mbpp, task_of
+from tasks.general import GENERATED, Scored, check_extras, drops_of, score_benchmarks
 
 GENERAL_TOKENS = 32  # of a response to a general prompt, at most
 DRIFT_PROMPTS = 24  # test prompts over which drift on the task is measured
@@ -71,21 +68,25 @@ TRAIN_PROMPT = "base (train prompt)"  # the base model's second row
 
 def evaluate_run(evaluation: Evaluation) -> dict:
     """Everything that report.md shows of a run, as one dictionary (results.json)."""
-    check_extras(evaluation)
+    check_extras(evaluation.benchmarks, Path(evaluation.machine.data))
     run, machine = evaluation.run, evaluation.machine
     config = config_of(evaluation)
     task, (train_rows, validation_rows, test_rows) = task_of(config, machine.data)
     if task.judge == "code":
         sandbox.announce(machine.sandbox, config["numpy"])
+    if task.judge != "llm":
+        config["judge_model"] = None  # the run's own task has another judge
+    started = time.monotonic()
     model, tokenizer = load_base_model(config, machine)
-    measure = Measure(model, tokenizer, task, test_rows, evaluation)
+    loading = time.monotonic() - started
+    measure = Measure(model, tokenizer, task, test_rows, evaluation, config)
 
     # 1. The base model, before an adapter is in it.
     results = {"config": config, "machine": machine_of(model)}
     results |= {"selection": {}, "log_probabilities": None}
     models = results["models"] = {"base": measure.base()}
     if task.train != task.predict:
-        models[TRAIN_PROMPT] = measure.answers(task.train, evaluation.folder("base") / "train_prompt")
+        models[TRAIN_PROMPT] = measure.answers(task.train, evaluation.folder("base") / "train_prompt", "base")
     if not evaluation.elsewhere:  # on other rows these would say nothing
         keep_unfinished = config["keep_unfinished"]
         results["validation_rows"] = len(validation_rows)
@@ -93,8 +94,10 @@ def evaluate_run(evaluation: Evaluation) -> dict:
         results["unused"] = run_files.unused_answers(run, keep_unfinished, task.judge == "numeric")
         texts = TrainingTexts(task, train_rows, run, keep_unfinished)
         score = log_prob_function(model, tokenizer, task)
+        started = time.monotonic()
         results["log_probabilities"] = texts.figure_2(score)
         results["examples"] = texts.examples(score, results["log_probabilities"])
+        scoring = time.monotonic() - started
 
     # 2. Every trained one.
     names = run_files.trained_methods(run)
@@ -111,6 +114,9 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     if not evaluation.elsewhere:
         training = {name: models[name]["training"] for name in names}
         results["costs"] = run_files.read_costs(run, training)
+        for stage, seconds in (("load to evaluate", loading), ("Table 1 and Fig. 2", scoring)):
+            row = {"stage": stage, "model": "base", "calls": None, "tokens": None}
+            results["costs"].append(row | {"seconds": round(seconds, 1)})
         results["elsewhere"] = run_files.read_elsewhere(run)
     results["machine"]["peak_memory_gib"] = peak_memory_gib()
     return run_files.finite(results)
@@ -127,14 +133,7 @@ def add_earlier_scores(models: dict[str, dict], earlier: dict[str, dict], folder
 
 def load_base_model(config: dict, machine: Machine):
     """(model, tokenizer) of a run, its chat template as it was. InputError: the weights are others now."""
-    model, tokenizer = load_model(
-        config["model"],
-        machine.device,
-        config["dtype"],
-        machine.trust_remote_code,
-        chat_template_kwargs=config["chat_template_kwargs"],
-        date=config["date"],
-    )
+    model, tokenizer = load_model(config["model"], **loading_of(config, machine))
     if config["weights"] not in (None, fingerprint(model)):
         raise InputError(f"{config['model']}: not the weights that the run was begun with; put those back")
     return model, tokenizer
@@ -147,40 +146,38 @@ def load_adapter(model, folder: Path) -> None:
         raise InputError(str(error)) from None
 
 
-def machine_of(model) -> dict:
-    if model.device.type == "cuda":
-        device = torch.cuda.get_device_name(model.device)
-    else:
-        device = f"{model.device}, {torch.get_num_threads()} threads"
-    return {
-        "device": device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 class Measure:
     """The questions of an evaluation, asked of the base model and then of one trained model after another.
 
     All of them are the same `model`: an adapter is loaded into it between two calls.
     """
 
-    def __init__(self, model, tokenizer, task: Task, test: list[Example], evaluation: Evaluation):
+    def __init__(
+        self, model, tokenizer, task: Task, test: list[Example], evaluation: Evaluation, config: dict
+    ):
         self.model = model
         self.tokenizer = tokenizer
+        self.local = LocalModel(model, tokenizer)
+        self.judge = LocalModel(model, tokenizer, adapter=False)  # whom the LLM judge asks
+        if config["judge_model"]:
+            loading = loading_of(config, evaluation.machine)
+            self.judge = other_model(config["judge_model"], "--judge-model", **loading)
         self.task = task
         self.test = test
         self.evaluation = evaluation
+        self.config = config
         general = read_jsonl(EXAMPLES / "general.jsonl", ("id", "prompt"))
         self.general = {row["id"]: row["prompt"] for row in general}
         self.base_scored = Scored()  # on the general benchmarks
+        self.asks_as_bigcode = task.load is mbpp.load_mbpp and task.judge == "code"
 
     def base(self) -> dict:
         """The base model's row of the report. Drift needs its responses to the general prompts."""
         folder = self.evaluation.folder("base")
-        result = self.answers(self.task.predict, folder) | {"weights": fingerprint(self.model)}
-        respond(self.model, self.tokenizer, self.general, folder / "general.jsonl", Limits(GENERAL_TOKENS))
+        result = self.answers(self.task.predict, folder, "base") | {"weights": fingerprint(self.model)}
+        if self.asks_as_bigcode:
+            result["bigcode"] = self.bigcode(folder / "bigcode")
+        respond(self.local, self.general, folder / "general.jsonl", Limits(GENERAL_TOKENS))
         if self.evaluation.benchmarks:
             self.base_scored = self._score("base")
             result["benchmarks"] = {"scores": self.base_scored.scores}
@@ -190,36 +187,66 @@ class Measure:
         """A trained model's row of the report. Its adapter is in the model."""
         evaluation = self.evaluation
         folder = evaluation.folder(name)
-        result = self.answers(self.task.train, folder) | {"weights": fingerprint(self.model)}
+        result = self.answers(self.task.train, folder, name) | {"weights": fingerprint(self.model)}
+        if self.asks_as_bigcode:
+            result["bigcode"] = self.bigcode(folder / "bigcode")
         dialogues = self._base_dialogues()
         result["drift"] = kept_drift(self.model, self.tokenizer, dialogues, folder / "drift.json")
         result["training"] = run_files.read_training(evaluation.run / name)
         if evaluation.benchmarks:
-            scored = self._score(name)
-            result["benchmarks"] = {"scores": scored.scores} | drops_of(self.base_scored, scored)
+            found = self._score(name)
+            result["benchmarks"] = {"scores": found.scores} | drops_of(self.base_scored, found)
         return result
 
-    def answers(self, template: str, folder: Path) -> dict:
-        """Accuracy on the test rows under a prompt, and what was counted. `folder` keeps the answers."""
+    def answers(self, template: str, folder: Path, name: str) -> dict:
+        """Accuracy of the model `name` on the test rows under a prompt, and what was counted.
+
+        `folder` keeps the answers.
+        """
         prompts = {x.id: prompt(template, x) for x in self.test}
         limits = Limits(self.task.max_new_tokens, self.task.stop)
-        rows = respond(self.model, self.tokenizer, prompts, folder / "test.jsonl", limits)
+        path, responder = folder / "test.jsonl", self._responder(name)
+        check_first_response(responder, self.local, prompts, path, limits)
+        rows = respond(responder, prompts, path, limits)
         pairs = [(x, rows[x.id]["response"]) for x in self.test]
-        verdicts = judge_answers(self.model, self.tokenizer, self.task, pairs, folder / "test.judged.jsonl")
+        verdicts = judge_answers(self.judge, self.task, pairs, folder / "test.judged.jsonl")
 
-        correct = sum(map(bool, verdicts.values()))
-        result = {
-            "accuracy": correct / len(self.test),
-            "interval": wilson(correct, len(self.test)),
-            "n": len(self.test),
-            "length_limit_hit": sum(not row.get("finished", True) for row in rows.values()),
-            "unreadable_verdicts": sum(verdict is None for verdict in verdicts.values()),
-        }
+        result = run_files.accuracy_of(verdicts, rows)
+        result["unreadable_verdicts"] = sum(verdict is None for verdict in verdicts.values())
         if any(x.context for x in self.test):
             result["reading"] = reading_scores(pairs)
-        if self.task.load is gsm8k.GSM8K.load:
-            result["harness"] = harness_accuracy(pairs)
+        if self.task.metrics:
+            result["metrics"] = metric_means(self.task, pairs)
         return result
+
+    def bigcode(self, folder: Path) -> dict:
+        """Accuracy on MBPP's test rows in bigcode-evaluation-harness's way, decoded greedily.
+
+        `folder` keeps the continuations.
+        """
+        prompts = {x.id: mbpp.bigcode_prompt(x) for x in self.test}
+        limits = Limits(self.task.max_new_tokens, mbpp.BIGCODE_STOPS)
+        local = LocalModel(self.model, self.tokenizer, chat=False)
+        rows = respond(local, prompts, folder / "test.jsonl", limits)
+        pairs = [(x, mbpp.bigcode_program(x, rows[x.id]["response"])) for x in self.test]
+        task = replace(self.task, judge="bigcode")
+        verdicts = judge_answers(self.judge, task, pairs, folder / "test.judged.jsonl")
+        return run_files.accuracy_of(verdicts, rows)
+
+    def _responder(self, name: str) -> LocalModel | ServedModel:
+        """Who answers the test rows: the server of --engine where it has the model, else the model itself."""
+        if not self.evaluation.engine:
+            return self.local
+        weights, template = fingerprint(self.model), self.config["chat_template_kwargs"]
+        served = ServedModel.at(self.evaluation.engine, weights, template)
+        if name == "base":
+            return served
+        if served.lists(name):
+            return replace(served, name=name)
+        folder = self.evaluation.run / name
+        note(f"{name}: the server lists no model of this name, so the model answers here (vLLM has it with "
+             f"--enable-lora --lora-modules {name}={folder})")
+        return self.local
 
     def _base_dialogues(self) -> dict[str, list[tuple]]:
         """What drift is measured over, of each kind: (user turn, the base model's response, its tokens)."""
@@ -230,11 +257,11 @@ class Measure:
             "task": dialogues_of(prompts, folder / "test.jsonl"),
         }
 
-    def _score(self, name: str) -> "Scored":
+    def _score(self, name: str) -> Scored:
         """The model on the general benchmarks. Each document's scores are kept with it."""
         evaluation = self.evaluation
         folder = evaluation.run / name / "benchmarks"
-        return score_benchmarks(self.model, self.tokenizer, evaluation, folder)
+        return scored(self.model, self.tokenizer, evaluation, folder)
 
 
 def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:
@@ -246,68 +273,19 @@ def dialogues_of(prompts: dict[str, str], path: Path) -> list[tuple]:
     return dialogues
 
 
-def harness_accuracy(pairs: list[tuple[Example, str]]) -> dict[str, float]:
-    """GSM8K as lm-evaluation-harness reads it, for published numbers. The paper's rule is `numeric`."""
-    found = {}
-    for name, read in (("strict", gsm8k.gsm8k_strict), ("flexible", gsm8k.gsm8k_flexible)):
-        correct = sum(gsm8k.gsm8k_match(read(response), x.answer) for x, response in pairs)
-        found[name] = correct / len(pairs)
-    return found
+def scored(model, tokenizer, asked: Evaluation | Alone, folder: Path) -> Scored:
+    """A model on the general benchmarks that are asked for. Each document's scores are kept in `folder`."""
+    local = partial(respond, LocalModel(model, tokenizer))
+    data = Path(asked.machine.data)
+    return score_benchmarks(model, tokenizer, local, asked.benchmarks, asked.scoring, data, folder)
 
 
-# ------------------------------------------------------------------------------ general benchmarks
-
-
-@dataclass
-class Scored:
-    """A model on the general benchmarks."""
-
-    scores: dict[str, dict] = field(default_factory=dict)  # by benchmark, each with how it was asked for
-    samples: list[dict] = field(default_factory=list)  # every document of those that score options
-    grades: list[dict] = field(default_factory=list)  # every prompt of IFEval
-
-
-def score_benchmarks(model, tokenizer, asked: Evaluation | Alone, folder: Path) -> Scored:
-    """Ask a model the general benchmarks. What is in `folder` already is not asked again."""
-    result = Scored()
-    for name in asked.benchmarks:
-        scoring = scoring_of(asked, name)
-        if name == GENERATED:
-            result.grades = grade_ifeval(model, tokenizer, asked.machine.data, folder, scoring)
-            score = ifeval.summary(result.grades)
-        else:
-            data = asked.machine.data
-            scores, samples = benchmarks.score(model, tokenizer, [name], data, folder, scoring)
-            score = scores[name]
-            result.samples += samples
-        result.scores[name] = score | {"settings": scoring.settings()}
-    return result
-
-
-def grade_ifeval(model, tokenizer, data: str, folder: Path, scoring: Scoring) -> list[dict]:
-    """IFEval's grades, from responses that `folder` keeps, those of another token limit in another file."""
-    checkers = ifeval.load_checkers(Path(data))
-    rows = ifeval.rows(Path(data), scoring.limit, scoring.sampled)
-    prompts = {str(row["key"]): row["prompt"] for row in rows}
-    limits = Limits(scoring.max_new_tokens or ifeval.MAX_NEW_TOKENS)
-    file = f"ifeval.{limits.max_new_tokens}-tokens.jsonl" if scoring.max_new_tokens else "ifeval.jsonl"
-    responses = respond(model, tokenizer, prompts, folder / file, limits)
-    return [ifeval.grade(checkers, row, responses[str(row["key"])]["response"]) for row in rows]
-
-
-def drops_of(base: Scored, tuned: Scored) -> dict[str, dict]:
-    """By how much the trained model falls below the base model on each benchmark, paired by document."""
-    drop = benchmarks.paired_drop(base.samples, tuned.samples)
-    if tuned.grades:
-        drop[GENERATED] = ifeval.paired_drop(base.grades, tuned.grades)[ifeval.HEADLINE]
-    return {"drop": drop, "drop_log_p": benchmarks.paired_drop(base.samples, tuned.samples, metric="log_p")}
-
-
-def check_extras(asked: Evaluation | Alone) -> None:
-    """InputError: a package that a benchmark needs is not installed. It is said before hours are spent."""
-    if GENERATED in asked.benchmarks:
-        with ranks.rank_0_first():  # which downloads what is missing
-            ifeval.load_checkers(Path(asked.machine.data))
+def metric_means(task: Task, pairs: list[tuple[Example, str]]) -> dict[str, float]:
+    """The mean of each of the task's own metrics over (example, response) pairs."""
+    means = {}
+    for name, metric in task.metrics.items():
+        means[name] = sum(metric(x, response) for x, response in pairs) / len(pairs)
+    return means
 
 
 # ------------------------------------------------------------------------------ drift
@@ -318,7 +296,11 @@ def kept_drift(model, tokenizer, dialogues: dict[str, list], path: Path) -> dict
     made_of = digest(dialogues, fingerprint(model))
     found = run_files.read_drift(path, dialogues, made_of)
     if found is None:
-        found = {kind: kl_drift(model, tokenizer, turns) for kind, turns in dialogues.items()}
+        found = {}
+        with CostMeter(path) as cost:
+            for kind, turns in dialogues.items():
+                found[kind] = kl_drift(model, tokenizer, turns)
+                cost.add(calls=len(ranks.share(turns)))
         write_json(path, {"digest": made_of} | found)
     return found
 
@@ -356,12 +338,26 @@ def audit_run(evaluation: Evaluation) -> str:
     return audit(evaluation.run, train_rows, evaluation.audit, test_examples=test_rows)
 
 
+def judge_again(evaluation: Evaluation) -> str:
+    """The text of `--compare-judge M`: how another model's verdicts on the same answers agree."""
+    config, machine = config_of(evaluation), evaluation.machine
+    task, (train_rows, _, test_rows) = task_of(config, machine.data)
+    pairs, own = judged_pairs(evaluation.run, train_rows, test_rows)
+    name = evaluation.compare_judge
+    judge = other_model(name, "--compare-judge", **loading_of(config, machine))
+
+    folder, file_name = evaluation.run / "judges", re.sub(r"[^\w.-]+", "_", judge.name.rstrip("/"))
+    verdicts = judge_answers(judge, replace(task, judge="llm"), pairs, folder / f"{file_name}.judged.jsonl")
+    result = compare_judges(evaluation.run, own, verdicts, judge.name)
+    return write_comparison(result, folder, file_name)
+
+
 # ------------------------------------------------------------------------------ a model on its own
 
 
 def score_model(alone: Alone) -> str:
     """Score a model that belongs to no run -> the text of its report."""
-    check_extras(alone)
+    check_extras(alone.benchmarks, Path(alone.machine.data))
     model, tokenizer = load_model(
         alone.model,
         alone.machine.device,
@@ -371,7 +367,7 @@ def score_model(alone: Alone) -> str:
     )
     if alone.adapter:
         load_adapter(model, alone.adapter)
-    scores = score_benchmarks(model, tokenizer, alone, alone.out).scores
+    scores = scored(model, tokenizer, alone, alone.out).scores
 
     weights = fingerprint(model)
     models = {alone.model: {"weights": weights, "benchmarks": {"scores": scores}}}
@@ -395,7 +391,7 @@ def score_model(alone: Alone) -> str:
 
 
 def main(argv=None) -> None:
-    """A model on its own, or one of the three questions about a run."""
+    """A model on its own, or one of the four questions about a run."""
     asked = read_command_line(argv)
     zero_shot = zero_shot_in_words(asked)
     if zero_shot:
@@ -411,6 +407,8 @@ def main(argv=None) -> None:
             print(audit_run(asked))
         elif asked.show:
             print(show(asked))
+        elif asked.compare_judge:
+            print(judge_again(asked))
         else:
             results = evaluate_run(asked)
             if ranks.RANK == 0:

@@ -43,18 +43,20 @@ def generate(
     tokenizer,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    stop: str | None = None,
+    stop: str | Sequence[str] | None = None,
     *,
+    chat: bool = True,
     memory_gib: float | None = None,
     sample: Sampling | None = None,
 ) -> Iterator[tuple[int, Response]]:
     """Yield (index of the prompt, response) for every prompt of token ids, each as soon as it is finished.
 
-    A response ends with any end-of-turn token, after the string `stop`, at `max_new_tokens`, or where the
-    model's context is full (the last two: finished=False). `memory_gib` bounds the keys and values
-    (default: 80 % of what is free on a GPU, 2 GiB on the CPU). The model is in eval mode until the iterator
-    is exhausted or closed. ValueError: max_new_tokens < 1, an empty prompt, a prompt that fills the context
-    (named by its index).
+    A response ends with any end-of-turn token, after the string `stop` (or the first of several), at
+    `max_new_tokens`, or where the model's context is full (the last two: finished=False). Without `chat` the
+    prompts are texts that the model goes on with. `memory_gib` bounds the keys and values (default: 80 % of
+    what is free on a GPU, 2 GiB on the CPU). The model is in eval mode until the iterator is exhausted or
+    closed. ValueError: max_new_tokens < 1, an empty prompt, a prompt that fills the context (named by its
+    index).
     """
     context = context_length(model.config)
     if max_new_tokens < 1:
@@ -65,7 +67,7 @@ def generate(
             raise ValueError(f"prompt {index} has {len(prompt)} tokens; the model takes 1 to {context - 1}")
         limit = min(len(prompt) + max_new_tokens, context)
         rows.append(Row(index, list(prompt), start=len(prompt), limit=limit))
-    return generate_rows(model, rows, Ending(model, tokenizer, stop), memory_gib, sample)
+    return generate_rows(model, rows, Ending(model, tokenizer, stop, chat), memory_gib, sample)
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ llm, for NQ: a language model reads the prompt of Fig. 8. True or False is read 
 recall, for short golds: every word of the gold is in the response. Where there is no answer, the
     response abstains. This judge is ours.
 exact, f1, for short golds: SQuAD's exact match, and its F1 above a half. docs/study.md compares the three.
+rouge, for open-ended tasks: the ROUGE-L of the response and a gold is ROUGE_THRESHOLD or more. This judge is
+    ours.
 
-support/short_answers.py says what these three take for a word and for an abstention.
+support/short_answers.py says what recall, exact and f1 take for a word and for an abstention.
 
 No judge accepts a blank response. A new judge is one function (example, response) -> bool and one entry of
 JUDGES, at the end of this file.
@@ -28,6 +30,7 @@ from data import Example, fill
 from support import ranks, sandbox
 from support.cli import InputError
 from support.numerals import last_number, same_number
+from support.rouge import rouge_l
 from support.short_answers import abstains, exact_match, sentences, token_f1, token_recall
 
 INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of controls, formats and separators
@@ -331,13 +334,31 @@ def leaks(paraphrase: str) -> bool:
     return text.startswith("your turn") or any(leak in text for leak in LEAKS)
 
 
+ROUGE_THRESHOLD = 0.3
+
+
+def rouge(response: str, gold: str, aliases: Sequence[str] = ()) -> bool:
+    """Does a response come near enough to a gold, by ROUGE-L? See support/rouge.py."""
+    return max(rouge_l(response, text) for text in (gold, *aliases)) >= ROUGE_THRESHOLD
+
+
 JUDGES: dict[str, Callable[[Example, str], bool]] = {
     "numeric": lambda x, response: numeric(response, x.answer),
     "code": lambda x, response: code(response, x.tests, x.setup),
     "recall": lambda x, response: recall(response, x.answer, x.unanswerable, x.aliases),
     "exact": exact,
     "f1": f1,
+    "rouge": lambda x, response: rouge(response, x.answer, x.aliases),
 }
+FOR_EVALUATION: dict[str, Callable[[Example, str], bool]] = {  # no choice of a run: see tasks/mbpp.py
+    "bigcode": lambda x, program: run_tests(program, x.tests),
+}
+
+
+def judge_named(name: str) -> Callable[[Example, str], bool]:
+    return JUDGES[name] if name in JUDGES else FOR_EVALUATION[name]
+
+
 LLM_BATCH = 256  # pairs a call of the LLM judge: enough for the generator to group prompts of like length
 
 
@@ -365,9 +386,9 @@ def judge_all(name: str, pairs: Sequence[tuple[Example, str]], generate=None) ->
 
     def verdict(pair: tuple[Example, str]) -> bool:
         x, response = pair
-        return not is_blank(response) and JUDGES[name](x, response)
+        return not is_blank(response) and judge_named(name)(x, response)
 
-    if name == "code":
+    if name in ("code", "bigcode"):
         with ThreadPoolExecutor(workers()) as pool:
             yield from pool.map(verdict, pairs)
     else:

@@ -20,16 +20,18 @@ Where we deviate from the paper, or it is silent:
 import argparse
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import lora
-from answers import Answer, BaseLM, selection_digest
-from data import prompt
+from answers import Answer, BaseLM, selection_digest, validate
+from data import Splits, prompt
 from engine import trial
 from engine.chat import check_template, training_ids
 from engine.fingerprint import fingerprint
 from engine.model import load_model, usable_device
 from engine.peft_check import check_saved
+from engine.precision import fastest_dtype
 from judges import JUDGES
 from results import config, preview
 from results.config import Comparison, Job, Machine
@@ -108,36 +110,39 @@ def run(job: Job) -> None:
         return
 
     # 1. Load everything, and refuse what cannot work before hours of generation.
-    task, (D, validation, _), model, tokenizer = load(job)
+    started = time.monotonic()
+    (D, validation, _), base = load(job)
+    model, tokenizer = base.model, base.tokenizer
+    loading = {"loading_minutes": round((time.monotonic() - started) / 60, 2)}
 
     # 2. Lines 2 to 15 of Algorithm 1: build D'.
-    base = BaseLM(model, tokenizer, task, job.run, job.shared.keep_unfinished)
     with lora.disabled(model):
         rows = build(METHODS[job.method], D, base, job.folder / "train.jsonl")
     sources = count_sources(rows, job.folder.name)  # Table 3
 
     # 3. Line 16: train on D'.
     encoded = [training_ids(tokenizer, row["prompt"], row["response"], row.get("tokens")) for row in rows]
-    progress = train(model, tokenizer, task, encoded, validation, job.folder, job.training)
+    accuracy = partial(validate, model, tokenizer, base.task, validation, base.judge)
+    progress = train(model, encoded, accuracy, job.folder, job.training)
     if ranks.RANK == 0:
         lora.load(model, job.folder)  # the best adapter, which need not be the last
         wrong_in_peft = check_saved(model, job.folder)
         if wrong_in_peft:
             print(wrong_in_peft)
-        write_json(job.folder / "training.json", summary(progress, job.method, sources, job.training))
+        found = summary(progress, job.method, sources, job.training)
+        write_json(job.folder / "training.json", found | loading)
         (job.folder / "checkpoint.pt").unlink()
 
 
-def load(job: Job):
-    """(task, splits, model, tokenizer), with LoRA in the model. Only a job that can work marks the folder."""
+def load(job: Job) -> tuple[Splits, BaseLM]:
+    """The rows, and the base model with LoRA in it. Only a job that can work marks the folder."""
     shared, machine = job.shared, job.machine
     task, splits, tokenizer, rehearsal = preview.rehearse(METHODS[job.method], job)
     for line in (*preview.plan(task, splits, rehearsal, job), *preview.warnings(task, splits)):
         print(line, flush=True)
 
-    model, tokenizer = load_model(
-        shared.model, machine.device, shared.dtype, machine.trust_remote_code,
-        chat_template_kwargs=shared.chat_template_kwargs, date=shared.date)
+    settings = config.loading_of(asdict(shared), machine)
+    model, tokenizer = load_model(shared.model, **settings)
     weights = fingerprint(model)
     config.refuse_other_weights(job, weights)
     try:
@@ -149,9 +154,10 @@ def load(job: Job):
     for line in (*check_template(model, tokenizer), *trial.check(model, bf16=job.training.bf16)):
         print(line, flush=True)
 
-    made_by = selection_digest(model, task, METHODS[job.method], shared.keep_unfinished)
-    config.keep_config(job, weights, made_by)
-    return task, splits, model, tokenizer
+    base = BaseLM(model, tokenizer, task, job.run, shared.keep_unfinished)
+    base.ask_others(shared.engine, shared.judge_model, weights, settings)
+    config.keep_config(job, weights, made_by=selection_digest(base, METHODS[job.method]))
+    return splits, base
 
 
 def build(method, D, base: BaseLM, path: Path) -> list[dict]:
@@ -204,6 +210,8 @@ def parse(argv=None):
     add("--chat-template-kwargs", type=cli.json_object, help="as '{\"enable_thinking\": false}'")
     add("--numpy", action="store_true", help="code judge: programs may import numpy")
     add("--sandbox", choices=("best", "strict"), default="best", help="strict: every layer or no code is run")
+    add("--engine", metavar="URL", help="a server of the model that answers, as http://localhost:8000/v1")
+    add("--judge-model", metavar="M", help="whom the llm judge asks: a name, folder or URL (the base model)")
     add = parser.add_argument_group("LoRA (section 3)").add_argument
     add("--rank", type=cli.positive_int, default=8, help="r (%(default)s)")
     add("--alpha", type=cli.positive_float, default=16, help="scale = alpha / r (%(default)s)")
@@ -223,7 +231,8 @@ def parse(argv=None):
     add("--seed", type=cli.random_seed, default=0, help="LoRA's start, dropout, order of rows (%(default)s)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on cuda, else float32)")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="auto: the run's own, or bfloat16 on cuda and on a CPU that is faster so, else float32")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     return parser.parse_args(argv)
 
@@ -241,14 +250,16 @@ def job_of(args) -> Job:
     elif any(files) or any(custom.values()):
         raise InputError(f"the flags of your own task go with --task custom; {args.task} has its own rows")
     name = args.name or args.method
-    if name in ("base", "figures") or Path(name).name != name or name.startswith("."):
-        raise InputError(f"--name {name}: must be the name of one new folder in --out, not base or figures")
+    if name in ("base", "figures", "judges") or Path(name).name != name or name.startswith("."):
+        raise InputError(f"--name {name}: must be the name of one new folder (not base, figures or judges)")
     if args.batch_size < ranks.WORLD:
         raise InputError(f"--batch-size {args.batch_size}: {ranks.WORLD} processes need at least that")
 
     task = TASKS.get(args.task, CUSTOM_TASK)
     device = usable_device(args.device)
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = config.dtype_begun_with(args.out) or fastest_dtype(device, args.model, args.trust_remote_code)
     steps = args.steps or task.steps
     modules = args.target_modules
     brought = config.brought_by_a_person(files, args.prompt_file) if all(files) else []
@@ -256,7 +267,8 @@ def job_of(args) -> Job:
         args.task, config.plain_name(args.model), dtype, args.judge, args.limit, args.max_new_tokens,
         files=files if all(files) else None, contents=file_digests(brought) or None,
         numpy=args.numpy, keep_unfinished=args.keep_unfinished,
-        chat_template_kwargs=args.chat_template_kwargs, date=time.strftime("%Y-%m-%d"), **custom)
+        chat_template_kwargs=args.chat_template_kwargs, date=time.strftime("%Y-%m-%d"),
+        engine=config.plain_name(args.engine), judge_model=config.plain_name(args.judge_model), **custom)
     adapter = AdapterSettings(
         args.rank, args.alpha, args.dropout, modules if modules == "all-linear" else modules.split(","))
     training = TrainingSettings(

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,6 @@ import torch
 from tqdm import tqdm
 
 import lora
-from answers import validate
-from data import Example, Task
 from engine.model import peak_memory_gib, reset_peak_memory
 from engine.packed import Row, target_loss
 from support import ranks
@@ -63,19 +62,14 @@ class Progress:
     best_step: int = 0
     best_accuracy: float = -1.0  # on the validation rows
     seconds: float = 0.0  # of the steps alone
+    validation_seconds: float = 0.0
     tokens: int = 0  # of prompts and targets
 
 
 def train(
-    model,
-    tokenizer,
-    task: Task,
-    rows: list[Row],
-    validation: list[Example],
-    folder: Path,
-    settings: TrainingSettings,
+    model, rows: list[Row], validate: Callable[[], float], folder: Path, settings: TrainingSettings
 ) -> Progress:
-    """Train on the rows of D', and keep in `folder` the adapter with the best validation accuracy.
+    """Train on the rows of D', and keep in `folder` the adapter with the best accuracy that `validate` finds.
 
     What a step does follows from the seed and its number alone. So a run that was killed, and went on from
     its checkpoint, ends with the weights of one that was not.
@@ -108,7 +102,9 @@ def train(
 
         # 3. Validate, and keep what a run that dies here must go on from.
         if progress.step % settings.eval_every == 0 or progress.step == settings.steps:
-            accuracy = validate(model, tokenizer, task, validation)
+            started = time.monotonic()
+            accuracy = validate()
+            progress.validation_seconds += time.monotonic() - started
             log(folder, step=progress.step, validation=accuracy)
             if accuracy > progress.best_accuracy:
                 progress.best_step = progress.step
@@ -245,6 +241,7 @@ def summary(progress: Progress, method: str, sources: dict[str, int], settings: 
         "step": progress.best_step,
         "validation": progress.best_accuracy,
         "minutes": round(progress.seconds / 60, 2),
+        "validation_minutes": round(progress.validation_seconds / 60, 2),
         "tokens": progress.tokens,
         "tokens_per_second": round(progress.tokens / progress.seconds),
         "peak_memory_gib": peak_memory_gib(),

@@ -7,7 +7,10 @@ The limit is that of decoding one token a row a step in this precision, at rates
 tokens go through the matrix products, 512 rows at a time: all of them, or each shared one once. Then all rows
 decode side by side. A step takes as long as its products at the rate of 64 rows, or as reading all weights
 and the rows' keys and values, whichever is longer. Left out: attention's products, all that is elementwise,
-waiting.
+waiting. Keys before a sliding window are counted as read.
+
+The same workloads once more on a model with sliding windows, of Gemma 3's shape and with random weights
+(shapes.py): what it answers is no language, and both sides must answer it.
 
     python -m bench.generate --gsm8k data/gsm8k/train.jsonl --out runs/bench
     python -m bench.generate --shape mistral-7b --out runs/bench    random weights, for a GPU (shapes.py)
@@ -40,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BATCH = 32  # of the peers
 PAGE = 16  # tokens of a page in continuous batching
+WINDOWED = "Gemma 3's shape"
 
 
 # --------------------------------------------------------------------------------------- what is generated
@@ -142,14 +146,16 @@ if hasattr(transformers, "ContinuousBatchingConfig"):  # else another version ha
 # -------------------------------------------------------------------------------------- times and their limit
 
 
-def measure(model, tokenizer, workload: Workload, rounds: int, rates: dict[str, float]) -> dict:
+def measure(
+    model, tokenizer, workload: Workload, rounds: int, rates: dict[str, float], sides: dict = SIDES
+) -> dict:
     """Medians, ratio, and the limit of one workload, in seconds."""
     # 1. All sides, in turns.
     prompts = [chat_ids(tokenizer, prompt(workload.template, row)) for row in workload.rows]
-    times = {name: [] for name in SIDES}
+    times = {name: [] for name in sides}
     answers = {}
     for number in range(rounds):
-        for name, side in SIDES.items():
+        for name, side in sides.items():
             if name == CONTINUOUS and number > 0:
                 continue
             work = functools.partial(side, model, tokenizer, prompts, workload.new_tokens)
@@ -159,7 +165,7 @@ def measure(model, tokenizer, workload: Workload, rounds: int, rates: dict[str, 
     # 2. What they came to.
     generated = sum(len(answer) for answer in answers["ours"])
     medians, rate, differ = {}, {}, {}
-    for name in SIDES:
+    for name in sides:
         medians[name] = statistics.median(times[name])
         rate[name] = generated / medians[name]
         pairs = zip(answers["ours"], answers[name], strict=True)
@@ -226,8 +232,15 @@ def table(results: dict) -> str:
             rate, ratio = case["tokens a second"][side], case["seconds"][PEER] / spent
             lines.append(f"| {name} | {size} | {side} | {spent:.1f} | {rate:.1f} | {ratio:.2f} | "
                          f"{every:.0f} | {once:.0f} | {case['answers that differ'][side]} |")
-    rates = ", ".join(f"{rate:.0f} {name}" for name, rate in results["rates"].items())
-    return "\n".join([*lines, "", f"Measured for the limit: {rates}"]) + "\n"
+    lines += ["", f"Measured for the limit: {rates_in_words(results['rates'])}"]
+    if "windowed" in results:
+        lines += ["", f"{WINDOWED}: {results['windowed']}. Measured for its limit: "
+                  f"{rates_in_words(results['windowed rates'])}"]
+    return "\n".join(lines) + "\n"
+
+
+def rates_in_words(rates: dict[str, float]) -> str:
+    return ", ".join(f"{rate:.0f} {name}" for name, rate in rates.items())
 
 
 # ----------------------------------------------------------------------------------- a model of a known shape
@@ -325,8 +338,13 @@ def shape_table(results: dict) -> str:
 # --------------------------------------------------------------------------------------- the command line
 
 
-def compare(model_name: str, dtype: str, workloads: list[Workload], rounds: int, out: Path) -> None:
-    """All workloads on a real model -> generate.json and generate.md."""
+def compare(
+    model_name: str, dtype: str, workloads: list[Workload], rounds: int, windowed: str, out: Path
+) -> None:
+    """All workloads on a real model, and on one with windows unless that is "none".
+
+    Writes generate.json and generate.md.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=getattr(torch, dtype))
     model.to(best_device()).eval()
@@ -339,10 +357,28 @@ def compare(model_name: str, dtype: str, workloads: list[Workload], rounds: int,
     }
     for workload in workloads:
         case = measure(model, tokenizer, workload, rounds, results["rates"])
-        results["workloads"][workload.name] = case
-        write_json(out / "generate.json", results)
-        write_text(out / "generate.md", table(results))
+        keep_case(results, workload.name, case, out)
+
+    if windowed != "none":
+        end = tokenizer.eos_token_id
+        model = shapes.windowed_model(windowed, len(tokenizer), end, model.dtype, model.device)
+        config = model.config
+        full = config.layer_types.count("full_attention")
+        results["windowed"] = (f"random weights, {config.num_hidden_layers} layers, {full} of them full, the "
+                               f"others with a window of {config.sliding_window} tokens")
+        results["windowed rates"] = measured_rates(model)
+        sides = {"ours": ours, PEER: peer}  # continuous batching, the slowest, has had its turn
+        for workload in workloads:
+            case = measure(model, tokenizer, workload, rounds, results["windowed rates"], sides)
+            keep_case(results, f"{WINDOWED}: {workload.name}", case, out)
     print(table(results))
+
+
+def keep_case(results: dict, name: str, case: dict, out: Path) -> None:
+    """Whatever ends the benchmark, what was measured before is kept."""
+    results["workloads"][name] = case
+    write_json(out / "generate.json", results)
+    write_text(out / "generate.md", table(results))
 
 
 def run_shape(shape: str, prompts: int | None, peer_prompts: int | None, out: Path) -> None:
@@ -372,6 +408,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--threads", type=int, help="(torch's choice)")
     parser.add_argument("--dtype", default="float32", help="(%(default)s)")
+    parser.add_argument("--windowed", choices=(*shapes.WINDOWED, "none"), default="gemma-3",
+                        help="a model with sliding windows beside --model (%(default)s)")
     parser.add_argument("--shape", choices=shapes.SHAPES, help="random weights in place of --model")
     parser.add_argument("--prompts", type=int, help="with --shape: ours (2048, without a GPU 64)")
     parser.add_argument("--peer-prompts", type=int, help="with --shape: theirs (128, without a GPU 32)")
@@ -384,7 +422,7 @@ def main() -> None:
     workloads = reading_workloads(args.xquad, args.reading, args.reading_tokens)
     if args.gsm8k:
         workloads.append(gsm8k_workload(args.gsm8k, args.problems, args.problem_tokens))
-    compare(args.model, args.dtype, workloads, args.rounds, args.out)
+    compare(args.model, args.dtype, workloads, args.rounds, args.windowed, args.out)
 
 
 if __name__ == "__main__":

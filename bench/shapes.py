@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GenerationConfig, MistralConfig
 
 import engine.attention  # noqa: F401, registers the attention that is named "rows"
 import lora
@@ -26,6 +26,15 @@ MISTRAL_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, n
 TINY = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, sliding_window=None)
 SHAPES = {"mistral-7b": MISTRAL_7B}
+
+# As Gemma 3 270M, five layers of six with a sliding window, except two numbers. The vocabulary is that of the
+# tokenizer at hand. The window is 128 instead of 512, so that the prompts at hand are longer than it.
+GEMMA_3 = dict(hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+               num_key_value_heads=1, head_dim=256, sliding_window=128)
+TINY_GEMMA_3 = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+                    num_key_value_heads=1, head_dim=16, sliding_window=32)
+WINDOWED = {"gemma-3": GEMMA_3, "tiny": TINY_GEMMA_3}
+FULL_EVERY = 6  # layers, of which the last sees all that came before
 
 # Deciles of tokens, from the minimum to the maximum, by SmolLM2's tokenizer: Fig. 3's prompts of every tenth
 # training row, and that model's own greedy responses to 96 of them. A tenth of these loop up to the limit, as
@@ -53,6 +62,19 @@ def random_model(shape: str, device: str):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="rows")
     model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None)  # only length ends a row
     return model.eval()
+
+
+def windowed_model(shape: str, vocabulary: int, end: int, dtype: torch.dtype, device):
+    """A Gemma 3 of that shape with random weights. The token `end` ends a row."""
+    sizes = WINDOWED[shape]
+    kinds = []
+    for number in range(1, sizes["num_hidden_layers"] + 1):
+        kinds.append("sliding_attention" if number % FULL_EVERY else "full_attention")
+    config = Gemma3TextConfig(**sizes, layer_types=kinds, vocab_size=vocabulary, bos_token_id=end,
+                              eos_token_id=end, pad_token_id=end)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def weights_of(model) -> int:

@@ -3,7 +3,7 @@
     python -m bench.smoke --model models/SmolLM2-135M-Instruct --out runs/gpu-smoke
 
 On a GPU this takes about 5 minutes in bfloat16, and is what to run before `make gsm8k`. Without one it does
-the same with less, and in float32 where the CPU only imitates bfloat16. The seconds of every command, and
+the same with less, in bfloat16 where the CPU is faster so, else in float32. The seconds of every command, and
 what it was, are in OUT/smoke.json. A command that fails ends it, with the command's own message.
 """
 
@@ -16,27 +16,13 @@ from pathlib import Path
 import torch
 
 from engine.model import best_device
+from engine.precision import fastest_dtype
 from s3ft import METHODS
 from support.cli import InputError, exit_cleanly
 from support.files import write_json
 
 LARGE = {"rows": 96, "steps": 40, "documents": 20}  # on a GPU
 SMALL = {"rows": 8, "steps": 2, "documents": 1}
-
-
-def seconds_of_products(dtype: torch.dtype) -> float:
-    a = torch.randn(256, 1024).to(dtype)
-    started = time.perf_counter()
-    for _ in range(4):
-        a @ a.T @ a
-    return time.perf_counter() - started
-
-
-def usable_dtype(on_gpu: bool) -> str:
-    """bfloat16, except on a CPU that only imitates it: there a step would take minutes."""
-    if on_gpu or seconds_of_products(torch.bfloat16) < 4 * seconds_of_products(torch.float32):
-        return "bfloat16"
-    return "float32"
 
 
 def commands(model: str, out: Path, data: str, sizes: dict[str, int], dtype: str) -> dict[str, list[str]]:
@@ -84,7 +70,7 @@ def main() -> None:
     on_gpu = best_device().startswith("cuda")
     device = torch.cuda.get_device_name() if on_gpu else f"no GPU ({torch.get_num_threads()} CPU threads)"
     sizes = LARGE if on_gpu else SMALL
-    dtype = usable_dtype(on_gpu)
+    dtype = fastest_dtype(best_device(), args.model)
     seconds = {}
     for name, command in commands(args.model, args.out, args.data, sizes, dtype).items():
         seconds[name] = run(command)

@@ -11,7 +11,7 @@ CHANGES_SCORES = ("softcap", "position_bias", "s_aux")
 
 
 def packed_attention(module, query, key, value, attention_mask, row_lengths=None, shared=0, **kwargs):
-    """Causal attention inside each packed row.
+    """Causal attention inside each packed row, in layers with a sliding window too.
 
     Query, key and value are `[1, heads, sum of lengths, head_dim]`. Where `shared` > 0, the first row holds
     that many tokens. Every other row begins with them and attends to them. Rows that are not packed come from
@@ -21,7 +21,10 @@ def packed_attention(module, query, key, value, attention_mask, row_lengths=None
     changes_scores = any(name in kwargs for name in CHANGES_SCORES)
     if not packed and attention_mask is not None and not changes_scores:
         return masked_attention(query, key, value, attention_mask, **kwargs)
-    if not packed or not is_causal(attention_mask, row_lengths, shared):
+    if not packed:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    reach = reach_of(attention_mask, row_lengths, shared, kwargs.get("sliding_window"))
+    if reach is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     queries = query.split(row_lengths, dim=2)
@@ -29,34 +32,54 @@ def packed_attention(module, query, key, value, attention_mask, row_lengths=None
     values = value.split(row_lengths, dim=2)
     outputs = []
     for number, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
-        mask = None  # causal
-        if shared and number > 0:
-            length = q.shape[2]
+        before = shared if number > 0 else 0
+        if before:
             k = torch.cat([keys[0], k], dim=2)
             v = torch.cat([values[0], v], dim=2)
-            mask = torch.ones(length, shared + length, dtype=torch.bool, device=key.device).tril(shared)
+        mask = row_mask(q.shape[2], before, reach, q.device)
         output, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
 
 
-def is_causal(mask, row_lengths: list[int], shared: int) -> bool:
-    """Does a mask `[1, 1, length, length]`, True where seen, hide only later tokens and other rows?
+def reach_of(mask, row_lengths: list[int], shared: int, window: int | None) -> int | None:
+    """How many tokens, itself the last, a token sees under a mask `[1, 1, length, length]`, True where seen.
 
-    A sliding window or a chunk hides more, and the mask may be the only place that says so. So what it shows
-    is counted. A model that does not tell its mask where rows begin shows all earlier tokens: causal as well.
-    The answer is kept with the mask, because all layers of a kind get the same one.
+    None: the mask hides something else than later tokens, other rows, and what lies before the layer's
+    `window`. A chunk does, and the mask may be the only place that says so. A model that does not tell its
+    mask where rows begin shows those before it: they are told apart here. The answer is kept with the mask,
+    because all layers of a kind get the same one.
     """
+    everything = sum(row_lengths)
     if mask is None:
-        return True
-    if not hasattr(mask, "is_causal"):
+        return everything
+    if not hasattr(mask, "reach"):
         lengths = list(row_lengths)
         if shared:  # positions do not start again between the prefix and the row after it
             lengths[:2] = [sum(lengths[:2])]
-        inside_rows = sum(length * (length + 1) // 2 for length in lengths)
-        everything = sum(lengths) * (sum(lengths) + 1) // 2
-        mask.is_causal = int(mask.sum()) in (inside_rows, everything)
-    return mask.is_causal
+        mask.reach = None
+        for reach in (everything, window):
+            if reach and (shows(mask, lengths, reach) or shows(mask, [everything], reach)):
+                mask.reach = reach
+                break
+    return mask.reach
+
+
+def shows(mask, lengths: list[int], reach: int) -> bool:
+    """Does a mask show, in rows of these lengths, every token the last `reach` of its row up to itself?"""
+    row = torch.repeat_interleave(torch.tensor(lengths, device=mask.device))  # of every token
+    query = torch.arange(len(row), device=mask.device)[:, None]
+    key = query.T
+    expected = (key <= query) & (key > query - reach) & (row[:, None] == row)
+    return mask.dtype == torch.bool and torch.equal(mask, expected[None, None])
+
+
+def row_mask(length: int, before: int, reach: int, device) -> torch.Tensor | None:
+    """What the last `length` tokens of a row see, `[length, before + length]`. None: all that came before."""
+    if not before and length <= reach:
+        return None
+    mask = torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
+    return mask.triu(before - reach + 1)
 
 
 def masked_attention(query, key, value, mask, scaling=None, dropout=0.0, **_):

@@ -48,6 +48,17 @@ def chat_ids(tokenizer, user: str) -> list[int]:
     return _encode(tokenizer, _prompt_text(tokenizer, user))
 
 
+def plain_ids(tokenizer, text: str) -> list[int]:
+    """Token ids `[length]` of a text that the model goes on with, without a chat template.
+
+    BOS comes where the tokenizer itself puts it before a text.
+    """
+    ids = tokenizer.encode(text)
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        ids.pop()  # some tokenizers close every text
+    return ids
+
+
 def training_ids(
     tokenizer, user: str, response: str, tokens: list[int] | None = None
 ) -> tuple[list[int], list[bool]]:
@@ -160,13 +171,18 @@ def _encode_continued(tokenizer, text: str, **options) -> list[int]:
 # --- The text of a response ---------------------------------------------------------------------------------
 
 
+def plain_text(tokenizer, tokens: list[int]) -> str:
+    """A continuation as it stands, without special tokens."""
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 def response_text(tokenizer, tokens: list[int]) -> str:
     """What judges and people see of a response: its final part, without special tokens and thinking.
 
     "" where a response never came to its answer. The head of this file says which channels are recognised.
     """
     if not getattr(tokenizer, "chat_template", None):
-        return _decode(tokenizer, tokens)
+        return plain_text(tokenizer, tokens)
     turn = turn_format(tokenizer)
     special = special_tokens(tokenizer).ids
 
@@ -181,7 +197,7 @@ def response_text(tokenizer, tokens: list[int]) -> str:
 
     # 2. Where special tokens cut it: the channel in which the template writes an answer, else the last part.
     last_part = _last_part(tokenizer, turn, ids, special)
-    text = _decode(tokenizer, last_part)
+    text = plain_text(tokenizer, last_part)
 
     # 3. Blocks whose tags are text, at the beginning of the response or begun by the prompt.
     for tag, close in (*turn.blocks, *_thinking_at_the_beginning(text)):
@@ -191,6 +207,16 @@ def response_text(tokenizer, tokens: list[int]) -> str:
     if last_part == ids:
         return text
     return text.lstrip()
+
+
+def without_thoughts(text: str) -> str:
+    """A response of which the text alone is known, without a block of thinking at its beginning.
+
+    "" where the block has no end: the response never came to its answer.
+    """
+    for _, close in _thinking_at_the_beginning(text):
+        return text.partition(close)[2].lstrip()
+    return text
 
 
 def _thinking_at_the_beginning(text: str) -> list[tuple[str, str]]:
@@ -227,10 +253,6 @@ def _last_part(tokenizer, turn: TurnFormat, ids: list[int], special: frozenset[i
             begins_block = tokenizer.convert_ids_to_tokens(ids[place]) in dict(turn.blocks)
             return [] if begins_block else ids[place + 1 :]
     return ids
-
-
-def _decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _last_place(ids: list[int], part: list[int]) -> int | None:

@@ -1,4 +1,4 @@
-"""A prompt on its way to a response: its row, how its next token is chosen, and when it has ended."""
+"""A prompt on its way to a response: its row, how its next token is chosen, and when it ends."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.chat import end_tokens, response_text
+from engine.chat import end_tokens, plain_text, response_text
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a response ends, at the latest."""
+
+    max_new_tokens: int
+    stop: str | tuple[str, ...] | None = None  # a text that ends it, such as [[DONE]], or several
 
 
 @dataclass(frozen=True)
@@ -14,8 +22,14 @@ class Response:
     """What a model answered."""
 
     text: str  # what judges and people see; ends right after the stop string where one was hit
-    tokens: list[int]  # generated ids, with the end-of-turn token where there is one
+    tokens: list[int] | None  # generated ids, with the end-of-turn token where there is one. None: not known
     finished: bool  # False: the length limit cut it off
+    counted: int = 0  # tokens that were generated, where a server says no more of them
+
+    @property
+    def length(self) -> int:
+        """In tokens."""
+        return self.counted if self.tokens is None else len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -49,13 +63,18 @@ class Row:
 
 
 class Ending:
-    """Tells whether a row has ended, and with what response."""
+    """Tells whether a row has ended, and with what response.
 
-    def __init__(self, model, tokenizer, stop: str | None):
+    `stop` is a text that ends one, or several of which the first does. Without `chat` the prompts are no user
+    turns, and a response is all that was generated.
+    """
+
+    def __init__(self, model, tokenizer, stop: str | Sequence[str] | None, chat: bool = True):
         self.eos = end_tokens(tokenizer, model)  # what training_ids teaches is among them
         self.tokenizer = tokenizer
-        self.stop = stop
-        self.can_close = {}  # token -> can it complete the stop string?
+        self.stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        self.read = response_text if chat else plain_text
+        self.can_close = {}  # token -> can it complete a stop string?
 
     def __call__(self, row: Row) -> Response | None:
         """The row's response if its last token ended it, else None."""
@@ -66,23 +85,29 @@ class Ending:
             return None  # decoding is slow, and this token ends nothing
 
         tokens = row.tokens[row.start :]
-        text = response_text(self.tokenizer, tokens)
-        if self.stop and self.stop in text:
-            end = text.index(self.stop) + len(self.stop)
+        text = self.read(self.tokenizer, tokens)
+        end = self._end_of_first_stop(text)
+        if end is not None:
             return Response(text[:end], tokens, finished=True)
         if ended or full:
             return Response(text, tokens, finished=ended)
         return None
 
+    def _end_of_first_stop(self, text: str) -> int | None:
+        """Where the first stop string of a text ends. None: it has none."""
+        found = [text.index(stop) + len(stop) for stop in self.stops if stop in text]
+        return min(found, default=None)
+
     def _may_close(self, token: int) -> bool:
-        """Can this token complete the stop string? Only then is the row decoded."""
-        if not self.stop:
+        """Can this token complete a stop string? Only then is the row decoded."""
+        if not self.stops:
             return False
         if token not in self.can_close:
             piece = self.tokenizer.decode([token])
-            last = self.stop[-1]
             # A token that is decoded alone can lose white space, and shows a part of a character as U+FFFD.
-            self.can_close[token] = last in piece or last.isspace() or "\ufffd" in piece
+            last_ones = {stop[-1] for stop in self.stops}
+            found = any(last in piece or last.isspace() for last in last_ones)
+            self.can_close[token] = found or "\ufffd" in piece
         return self.can_close[token]
 
 

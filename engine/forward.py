@@ -4,11 +4,12 @@ Rows of different lengths are packed end to end into one sequence `[1, sum of le
 restart at every row and attention that never crosses a row. Nothing is padded. The output head (the widest
 matrix of a small model) runs only where a target token is predicted.
 
-Rows must not see each other. Where attention is plain and full, `packed_attention` runs it row by row. For
-every other kind transformers masks the other rows, which it recognises by position_ids that start again. It
-does so only without an attention_mask and with use_cache=False. Pass either, and rows see each other without
-a warning. Layers with a state (state spaces, linear attention, convolutions) and some attention carry over
-what came before, whatever is passed. `Ways` says what a model allows, and engine/trial.py finds that out.
+Rows must not see each other. Where attention is plain, over a sliding window too, `packed_attention` runs it
+row by row. For every other kind transformers masks the other rows, which it recognises by position_ids that
+start again. It does so only without an attention_mask and with use_cache=False. Pass either, and rows see
+each other without a warning. Layers with a state (state spaces, linear attention, convolutions) and some
+attention carry over what came before, whatever is passed. `Ways` says what a model allows, and
+engine/trial.py finds that out.
 """
 
 import inspect

@@ -7,6 +7,7 @@ import math
 import resource
 import string
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -61,6 +62,21 @@ def refuse_unusable_driver() -> None:
             f"there is an NVIDIA card, but torch, built for CUDA {built_for}, cannot use it: "
             "nvidia-smi shows the newest CUDA that the driver serves. --device cpu goes on without"
         )
+
+
+def machine_of(model) -> dict:
+    """What a report says of the machine: device, versions and the date."""
+    if model.device.type == "cuda":
+        device = torch.cuda.get_device_name(model.device)
+    else:
+        device = f"{model.device}, {torch.get_num_threads()} threads"
+    return {
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def peak_memory_gib() -> float:
@@ -232,12 +248,16 @@ def context_length(config) -> float:
     return length if length is not None and length >= 1 else math.inf
 
 
-def count_weights(name: str, trust_remote_code: bool = False) -> int:
-    """How many weights a model has, from its configuration alone: nothing is loaded."""
+def skeleton(name: str, trust_remote_code: bool = False):
+    """A model with the shapes of its weights and no numbers in them, from its configuration alone."""
     config = load_config(name, trust_remote_code)
     with loading_error_as_one_line(name), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def count_weights(name: str, trust_remote_code: bool = False) -> int:
+    """How many weights a model has. Nothing is loaded."""
+    return sum(parameter.numel() for parameter in skeleton(name, trust_remote_code).parameters())
 
 
 def reset_peak_memory() -> None:

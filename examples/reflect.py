@@ -1,10 +1,11 @@
 """Selective Reflection-Tuning (Li et al., 2402.10110): a teacher rewrites rows, the student's scores select.
 
-    python -m examples.reflect --task T --teacher NAME_OR_FOLDER --out RUN    other flags as s3ft.py has them
-    python -m examples.reflect --score FILE --model M --out F                 both scores of any rows
+    python -m examples.reflect --task T --teacher M --out RUN      M: a name, a folder or a server's URL
+    python -m examples.reflect --score FILE --model M --out F      both scores of any rows
 
-This is a method in a file of its own: it registers itself in s3ft.METHODS and then calls s3ft.main. The
-student is the base model, and so is the teacher where --teacher names no other. The scores are in ifd.py.
+Other flags are as s3ft.py has them. This is a method in a file of its own: it registers itself in
+s3ft.METHODS and then calls s3ft.main. The student is the base model, and so is the teacher where --teacher
+names no other. The scores are in ifd.py.
 
 1. Phase 1. The teacher criticises a pair (x, y) and writes a new instruction with a new answer. They stay if
    and only if their IFD is higher: the student then needs the instruction more to see the answer coming.
@@ -15,7 +16,8 @@ student is the base model, and so is the teacher where --teacher names no other.
 
 The run folder keeps the teacher's replies (reflect_instructions.jsonl and reflect_responses.jsonl, with a
 .retry.jsonl each), so that nothing is generated twice. The method's own folder gets reflect.jsonl, which has
-every row, dropped or not, with its phases and scores, and note.md, which the report shows.
+every row, dropped or not, with its phases and scores, and note.md, which the report shows: the share of rows
+that were kept, and histograms of both scores.
 
 Covered: any task. A row with tests (code) keeps its question and skips phase 1, since the tests would not fit
 another one. The teacher is shown them. Not covered: a check of the new answers by the task's judge where the
@@ -23,8 +25,8 @@ question is a new one, since there is no gold for it. Where the question stayed,
 note only. It selects nothing.
 
 Where we deviate from the authors' code, or they are silent:
-1. The teacher is a local chat model that decodes greedily. Theirs is gpt-3.5-turbo at temperature 0. The
-   prompts are our words.
+1. The teacher is any chat model, which decodes greedily. Theirs is gpt-3.5-turbo at temperature 0, which goes
+   in as --teacher https://api.openai.com/v1#gpt-3.5-turbo. The prompts are our words.
 2. x in IFD is the user turn that training will show (the task's train prompt around the question). x in
    r-IFD is the question.
 3. Where a field is missing, the teacher is asked once more, with a reminder. Where one is empty, "N/A" or the
@@ -37,28 +39,38 @@ Where we deviate from the authors' code, or they are silent:
 
 import argparse
 import functools
-import gc
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import s3ft
-from answers import Limits, judge_answers, respond
+from answers import judge_answers, other_model, respond
 from data import Example, fill, prompt
-from engine.model import load_model
+from engine.decoding import Limits
+from engine.server import served_name
 from examples.ifd import ScoredPair, Scores, as_instruction, score, score_all, score_command
+from results.config import plain_name
+from results.markdown import markdown_table
 from support.cli import InputError, exit_cleanly, one_line_error, positive_float, positive_int
-from support.files import read_json, resume_jsonl, write_json, write_jsonl, write_text
+from support.files import read_json, write_json, write_jsonl, write_text
 
 Pairs = dict[str, tuple[Example, str]]  # id -> (x, y)
+BINS = {  # of a histogram: what its scores are below, and its name
+    0.25: "below 0.25",
+    0.5: "0.25 to 0.5",
+    0.75: "0.5 to 0.75",
+    1.0: "0.75 to 1",
+    math.inf: "1 and more",
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     """What this method takes from the command line, beside all that every method takes."""
 
-    teacher: str | None = None  # a model's name or folder. None: the base model is its own teacher
+    teacher: str | None = None  # a name, folder or URL#NAME. None: the base model is its own teacher
     trust_remote_code: bool = False  # of the teacher, as of the model
     name: str = "reflect"  # the method's folder in the run folder
     max_ifd: float = 1.0  # a row is kept if its IFD is below this ...
@@ -66,8 +78,9 @@ class Settings:
     top: int | None = None  # so many rows at most, those with the highest IFD
 
     def recorded(self) -> dict:
-        """Those that a run which goes on must have again."""
-        return {"teacher": self.teacher, "max_ifd": self.max_ifd, "max_r_ifd": self.max_r_ifd,
+        """Those that a run which goes on must have again. A served teacher may move to another address."""
+        teacher = self.teacher and (served_name(self.teacher) or self.teacher)
+        return {"teacher": teacher, "max_ifd": self.max_ifd, "max_r_ifd": self.max_r_ifd,
                 "top": self.top}
 
 
@@ -173,7 +186,7 @@ def judge_old_questions(base, pairs: Pairs, trace: dict[str, dict], folder: Path
     for id, row in trace.items():
         if row["emitted"] and row["phase_1"] != "accepted":
             checked.append(pairs[id])
-    verdicts = judge_answers(base.model, base.tokenizer, base.task, checked, folder / "reflect.judged.jsonl")
+    verdicts = judge_answers(base.judge, base.task, checked, folder / "reflect.judged.jsonl")
     for id, accepted in verdicts.items():
         trace[id]["judged"] = accepted
 
@@ -183,7 +196,8 @@ def write_trace(pairs: Pairs, trace: dict[str, dict], folder: Path) -> None:
     for id, (x, y) in pairs.items():
         trace[id] |= {"question": x.question, "response": y}
     write_jsonl(folder / "reflect.jsonl", trace.values())
-    write_text(folder / "note.md", note(list(trace.values())) + "\n")
+    rows = list(trace.values())
+    write_text(folder / "note.md", f"{note(rows)}\n\n{histograms(rows)}\n")
 
 
 def note(trace: list[dict]) -> str:
@@ -194,13 +208,51 @@ def note(trace: list[dict]) -> str:
     emitted = [row for row in trace if row["emitted"]]
     old_question = [row for row in emitted if row["phase_1"] != "accepted"]
     right = [row["judged"] for row in old_question].count(True)
+    share = 100 * len(emitted) / len(trace)
     return (
-        f"Selective Reflection-Tuning kept {len(emitted)} of {len(trace)} rows (new question taken: "
-        f"{new_questions}, new answer taken: {new_answers}). "
+        f"Selective Reflection-Tuning kept {len(emitted)} of {len(trace)} rows, {share:.1f} % (new question "
+        f"taken: {new_questions}, new answer taken: {new_answers}). "
         f"Not checked: {len(emitted) - len(old_question)} with a new question, for which there is no gold. "
         f"Checked, without effect: of the {len(old_question)} with their own question the judge accepts "
         f"{right}."
     )
+
+
+def histograms(trace: list[dict]) -> str:
+    """How many rows have an IFD and an r-IFD of each size, by what became of them, as a table.
+
+    The scores are of the row's last question and answer.
+    """
+    outcomes = {
+        "trained on": [row for row in trace if row["emitted"]],
+        "new answer, not selected": [
+            row for row in trace if row["phase_2"] == "accepted" and not row["emitted"]],
+        "no new answer": [row for row in trace if row["phase_2"] != "accepted"],
+    }
+    rows = []
+    for score_name, label in (("ifd", "IFD"), ("r_ifd", "r-IFD")):
+        for outcome, members in outcomes.items():
+            counts = [0] * len(BINS)
+            for row in members:
+                counts[bin_of(last_scores(row)[score_name])] += 1
+            rows.append([label, outcome, *map(str, counts)])
+    return markdown_table(["score", "rows", *BINS.values()], rows)
+
+
+def last_scores(row: dict) -> dict[str, float]:
+    """The scores of what a row ended as."""
+    for phase in ("phase_2", "phase_1"):
+        if row[phase] == "accepted":
+            return row["scores"][phase]
+    return row["scores"]["original"]
+
+
+def bin_of(value: float) -> int:
+    """The number of the histogram's column in which a score falls. An infinite one falls in the last."""
+    for number, upper in enumerate(BINS):
+        if value < upper:
+            return number
+    return len(BINS) - 1
 
 
 # --------------------------------------------------------------------------------------- the teacher
@@ -262,17 +314,15 @@ def parse_fields(reply: str, tags: tuple[str, ...]) -> list[str] | None:
 
 
 class Teacher:
-    """Who rewrites: the base model, or another one that is loaded when first asked.
+    """Who rewrites: the base model (from its server with --engine), or another one, here or behind a server.
 
     The run folder keeps the replies. InputError: those that it has were made by another teacher.
     """
 
     def __init__(self, base, settings: Settings):
         self.base = base
-        self.settings = settings
-        self.other = None  # (model, tokenizer) of the teacher that --teacher names
-
-        name = {"teacher": settings.teacher or "the base model"}
+        self.responder = base.responder
+        name = {"teacher": settings.recorded()["teacher"] or "the base model"}
         path = base.run / "reflect_teacher.json"
         if not path.exists():
             write_json(path, name)
@@ -280,6 +330,8 @@ class Teacher:
             before = read_json(path)["teacher"]
             raise InputError(f"--teacher: the rewrites in {base.run} were made by {before}, not by "
                              f"{name['teacher']}: give that one again, or another --out")
+        if settings.teacher:
+            self.responder = other_model(settings.teacher, "--teacher", **loading_of_teacher(base, settings))
 
     def rewrite_pairs(self, pairs: Pairs) -> Pairs:
         """A new question with a new answer. Rows with tests are left out: tests belong to their question."""
@@ -318,37 +370,26 @@ class Teacher:
         return {id: found for id, found in texts.items() if found}
 
     def _ask(self, prompts: dict[str, str], kind: str) -> dict[str, str]:
-        """The replies, id -> text. Another teacher is loaded only if the run folder lacks one of them."""
-        path = self.base.run / f"{kind}.jsonl"
-        answered = {row["id"] for row in resume_jsonl(path)}
-        if self.settings.teacher and not self.other and prompts.keys() - answered:
-            self.other = self.load()
-        model, tokenizer = self.other or (self.base.model, self.base.tokenizer)
-        rows = respond(model, tokenizer, prompts, path, Limits(REPLY_TOKENS))
+        """The replies, id -> text. Those that the run folder has are not made again."""
+        rows = respond(self.responder, prompts, self.base.run / f"{kind}.jsonl", Limits(REPLY_TOKENS))
         return {id: row["response"] for id, row in rows.items()}
-
-    def load(self):
-        """(model, tokenizer) of the teacher, on the student's device and in its precision."""
-        student, settings = self.base.model, self.settings
-        dtype = str(student.dtype).removeprefix("torch.")
-        try:
-            path = self.base.run / "config.json"
-            shared = read_json(path) if path.exists() else {}
-            return load_model(
-                settings.teacher,
-                str(student.device),
-                dtype,
-                settings.trust_remote_code,
-                chat_template_kwargs=shared.get("chat_template_kwargs"),
-                date=shared.get("date"),
-            )
-        except InputError as error:
-            raise InputError(str(error).replace("--model", "--teacher", 1)) from None
 
     def release(self) -> None:
         """Give back the memory of another teacher: its last reply is there."""
-        self.other = None
-        gc.collect()
+        self.responder.release()
+
+
+def loading_of_teacher(base, settings: Settings) -> dict:
+    """What load_model takes for another teacher: the student's device, precision and template settings."""
+    path = base.run / "config.json"
+    shared = read_json(path) if path.exists() else {}
+    return {
+        "device": str(base.model.device),
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "trust_remote_code": settings.trust_remote_code,
+        "chat_template_kwargs": shared.get("chat_template_kwargs"),
+        "date": shared.get("date"),
+    }
 
 
 # --------------------------------------------------------------------------------------- the commands
@@ -356,11 +397,11 @@ class Teacher:
 
 def run_command(argv: list[str]) -> None:
     """A run of s3ft.py with one more method. Its own flags are read here, and all others are passed on."""
-    parser = argparse.ArgumentParser(usage="python -m examples.reflect --task T --out RUN [--teacher T] ...",
+    parser = argparse.ArgumentParser(usage="python -m examples.reflect --task T --out RUN [--teacher M] ...",
                                      description="Selective Reflection-Tuning. Its flags beside s3ft.py's:",
                                      allow_abbrev=False, add_help=False)
     parser.error = one_line_error
-    parser.add_argument("--teacher", metavar="NAME_OR_FOLDER", help="who rewrites (default: the base model)")
+    parser.add_argument("--teacher", metavar="M", help="who rewrites: a name, folder or URL (the base model)")
     parser.add_argument("--max-ifd", type=positive_float, default=1.0, metavar="X",
                         help="keep rows with an IFD below this (%(default)s)")
     parser.add_argument("--max-r-ifd", type=positive_float, default=1.0, metavar="X",
@@ -374,7 +415,8 @@ def run_command(argv: list[str]) -> None:
         parser.print_help()
     own, rest = parser.parse_known_args(argv)
 
-    settings = Settings(own.teacher, own.trust_remote_code, own.name, own.max_ifd, own.max_r_ifd, own.top)
+    teacher = plain_name(own.teacher)
+    settings = Settings(teacher, own.trust_remote_code, own.name, own.max_ifd, own.max_r_ifd, own.top)
     passed_on = ["--method=reflect", f"--name={own.name}"]
     if own.out:
         refuse_other_settings(own.out / own.name / SETTINGS_FILE, settings)

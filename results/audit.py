@@ -61,6 +61,20 @@ def audit(
         write_text(sheet, sheet_of(chosen))
         return f"{sheet}: {len(chosen)} rows; {HOW_TO_FILL}"
 
+    marked, drawn = read_marks(run)
+    if not marked:
+        return f"{sheet}: the column human is empty; {HOW_TO_FILL}"
+    result = score(marked, drawn)
+    write_json(run / "audit.json", result)
+    return report(result, len(drawn))
+
+
+def read_marks(run: Path) -> tuple[dict[int, dict], dict[int, dict]]:
+    """(the marks of the rows that people have marked, all rows that were drawn), both by row number.
+
+    InputError: the sheet cannot be read, or has a row that was not drawn.
+    """
+    sheet = run / "audit.csv"
     marks = read_sheet(sheet)
     drawn = {}
     for place, row in enumerate(read_jsonl(run / "audit.jsonl"), 1):
@@ -70,11 +84,7 @@ def audit(
     if unknown:
         raise InputError(f"{sheet}: row {min(unknown)} is not one of those that were drawn")
     marked = {number: mark for number, mark in marks.items() if mark["human"] is not None}
-    if not marked:
-        return f"{sheet}: the column human is empty; {HOW_TO_FILL}"
-    result = score(marked, drawn)
-    write_json(run / "audit.json", result)
-    return report(result, len(drawn))
+    return marked, drawn
 
 
 def judged_responses(run: Path, examples: Sequence[Example], test_examples: Sequence[Example]) -> list[dict]:

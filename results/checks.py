@@ -49,6 +49,8 @@ CONFIG = {  # config.json of a run
     "chat_template_kwargs": dict | None,
     "date": TEXT_OR_NONE,
     "weights": TEXT_OR_NONE,
+    "engine": TEXT_OR_NONE,
+    "judge_model": TEXT_OR_NONE,
 }
 TRAINING = {  # training.json of a method; an older one says less
     "method": str,
@@ -57,6 +59,8 @@ TRAINING = {  # training.json of a method; an older one says less
     "step": int | None,
     "validation": NUMBER_OR_NONE,
     "minutes": NUMBER_OR_NONE,
+    "validation_minutes": NUMBER_OR_NONE,
+    "loading_minutes": NUMBER_OR_NONE,
     "tokens": int | None,
     "tokens_per_second": NUMBER_OR_NONE,
     "peak_memory_gib": NUMBER_OR_NONE,

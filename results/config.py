@@ -8,6 +8,8 @@ from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
+from engine.server import is_url, served_name, with_name
+from results.checks import check_config
 from support.cli import InputError
 from support.files import file_digests, read_json, write_json
 from train import AdapterSettings, TrainingSettings
@@ -34,6 +36,18 @@ class Comparison:
     chat_template_kwargs: dict | None = None
     date: str | None = None  # of the day on which the run was begun: some templates show it
     weights: str | None = None  # a digest of the model's
+    engine: str | None = None  # URL#NAME of the served model that answers; None: this process does
+    judge_model: str | None = None  # that the LLM judge asks; None: the base model
+
+
+def others_in_words(shared: dict) -> str:
+    """Which other models a run asks, behind the name of its judge."""
+    words = ""
+    if shared.get("judge_model"):
+        words += f", which asks {shared['judge_model']}"
+    if shared.get("engine"):
+        words += f"; the responses come from {shared['engine']}"
+    return words
 
 
 @dataclass(frozen=True)
@@ -69,9 +83,19 @@ class Job:
         return {name: value for name, value in settings.items() if name not in ("micro_batch", "bf16")}
 
 
-def plain_name(model: str) -> str:
-    """The same name for the same folder: a trailing slash is no other model."""
+def plain_name(model: str | None) -> str | None:
+    """The same name for the same model: a folder without a trailing slash, a served one as URL#NAME."""
+    if model is None:
+        return None
+    if is_url(model):
+        return with_name(model)
     return str(Path(model)) if Path(model).is_dir() else model
+
+
+def loading_of(shared: dict, machine: Machine) -> dict:
+    """What load_model takes beside a name, from a run's settings."""
+    found = {name: shared[name] for name in ("dtype", "chat_template_kwargs", "date")}
+    return found | {"device": machine.device, "trust_remote_code": machine.trust_remote_code}
 
 
 FLAGS = {"contents": "files with the digests", "files": "the files", "weights": "weights with the digest"}
@@ -90,6 +114,9 @@ def continued(job: Job) -> Job:
         may_move = ["files", "prompt_file"]
         if shared.weights:
             may_move.append("model")
+        for name in ("engine", "judge_model"):
+            if before[name] and served_name(before[name]) == served_name(getattr(shared, name) or "") != "":
+                may_move.append(name)  # the same model on another machine
         refuse_changes(path, before, asdict(shared), may_move, "--out")
 
     path = job.folder / "config.json"
@@ -97,6 +124,15 @@ def continued(job: Job) -> Job:
         before = read_settings(path, AdapterSettings) | read_settings(path, TrainingSettings)
         refuse_changes(path, {"method": job.method} | before, job.recorded(), (), "--name")
     return replace(job, shared=shared)
+
+
+def dtype_begun_with(run: Path) -> str | None:
+    """The precision of a run that goes on. None: it has not begun. InputError: its config.json is damaged."""
+    path = run / "config.json"
+    if not path.exists():
+        return None
+    check_config(read_json(path), str(path))
+    return read_settings(path, Comparison)["dtype"]
 
 
 def read_settings(path: Path, kind: type) -> dict:

@@ -39,7 +39,7 @@ def drawing(path: Path):
     try:
         import matplotlib
     except ImportError:
-        print("figures: skipped, matplotlib is not installed (pip install 's3ft[plots]')")
+        print("figures: skipped, matplotlib is not installed (pip install matplotlib)")
         yield None
         return
     matplotlib.use("svg")

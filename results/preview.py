@@ -14,8 +14,9 @@ from answers import Answer
 from data import Example, Splits, Task, prompt
 from engine.chat import chat_ids, training_ids
 from engine.model import context_length, count_weights, load_config, load_tokenizer
+from engine.server import is_url
 from judges import JUDGES, judge_all
-from results.config import Job
+from results.config import Job, others_in_words
 from support import sandbox
 from support.cli import InputError
 from tasks import task_of
@@ -82,6 +83,11 @@ def rehearse(method: Callable, job: Job) -> tuple[Task, Splits, object, Rehearsa
     """
     shared, trusted = job.shared, job.machine.trust_remote_code
     task, splits = task_of(asdict(shared), job.machine.data)
+    if shared.engine and not is_url(shared.engine):
+        raise InputError(f"--engine {shared.engine}: not the address of a server, as http://localhost:8000/v1")
+    if shared.judge_model and task.judge != "llm":
+        raise InputError(f"--judge-model: the judge of this run is {task.judge}, which asks no model; "
+                         "give --judge llm as well, or leave it out")
     if task.judge == "code":
         sandbox.announce(job.machine.sandbox, shared.numpy)
     tokenizer = load_tokenizer(
@@ -148,7 +154,7 @@ def plan(task: Task, splits: Splits, rehearsal: Rehearsal, job: Job) -> list[str
     lines = [
         f"{job.shared.model}: {weights / 1e9:.2f} billion weights, {gib:.1f} GiB in {job.shared.dtype}, on "
         f"{job.machine.device}",
-        f"rows: {sizes}; judge: {task.judge}",
+        f"rows: {sizes}; judge: {task.judge}{others_in_words(asdict(job.shared))}",
         f"1. at most {rehearsal.responses} responses of at most {task.max_new_tokens} tokens, with verdicts",
         f"2. training: {settings_in_words(job.recorded())}",
     ]

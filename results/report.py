@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from results import tables
+from results.config import others_in_words
 from results.figures import draw_curves, draw_log_probabilities, draw_sources
 from results.markdown import markdown_table
 from results.run_files import KINDS
@@ -25,9 +26,10 @@ def write_report(results: dict, run: Path) -> str:
         *training_section(results, run),
         *log_probability_section(results["log_probabilities"], run),
         *examples_section(results),
+        *metrics_section(results),
         *reading_section(results),
         *benchmarks_section(results),
-        *harness_section(results),
+        *bigcode_section(results),
         *costs_section(results),
     ]
     text = "\n\n".join(parts) + "\n"
@@ -51,12 +53,12 @@ def heading(results: dict) -> list[str]:
     limit = f", first {config['limit']} rows of every split" if config["limit"] else ""
     facts = [
         machine["date"],
-        machine["device"],
+        f"{machine['device']}, {config['dtype']}",
         f"torch {machine['torch']}",
         f"transformers {machine['transformers']}",
         f"peak memory of the evaluation {machine['peak_memory_gib']} GiB",
         f"{results['models']['base']['n']} test rows{limit}",
-        f"judge: {config['judge'] or 'the task’s own'}",
+        f"judge: {config['judge'] or 'the task’s own'}{others_in_words(config)}",
     ]
     return [f"# {config['task']}{trained_on}: {config['model']}", ", ".join(facts) + "."]
 
@@ -177,6 +179,16 @@ def examples_section(results: dict) -> list[str]:
     return parts
 
 
+def metrics_section(results: dict) -> list[str]:
+    if not all("metrics" in model for model in results["models"].values()):
+        return []
+    return [
+        "## The task's own metrics",
+        tables.metrics_table(results),
+        "Means over the test rows. They judge nothing: no row was selected by them.",
+    ]
+
+
 def reading_section(results: dict) -> list[str]:
     if not all("reading" in model for model in results["models"].values()):
         return []
@@ -188,13 +200,17 @@ def reading_section(results: dict) -> list[str]:
     ]
 
 
-def harness_section(results: dict) -> list[str]:
-    if not all("harness" in model for model in results["models"].values()):
+def bigcode_section(results: dict) -> list[str]:
+    if "bigcode" not in results["models"]["base"]:
         return []
     return [
-        "## GSM8K as lm-evaluation-harness reads it",
-        tables.harness_table(results),
-        "`strict` reads the number after `####`, a form that the paper's prompts do not ask for.",
+        "## MBPP as bigcode-evaluation-harness asks it",
+        tables.bigcode_table(results),
+        "The paper scores MBPP with that harness. Its prompt is a docstring of the task and its first test, "
+        "which the model goes on with: no chat template, and not the prompt that the models were trained on. "
+        "Ours decodes greedily, as the paper does. The harness itself draws at temperature 0.2 by default. "
+        "Prompt and continuation, up to the first stop word, are run with all tests of the row, without its "
+        "setup code.",
     ]
 
 
@@ -202,11 +218,12 @@ def costs_section(results: dict) -> list[str]:
     if not results.get("costs"):
         return []
     return [
-        "## What D' costs",
+        "## What D', training and evaluation cost",
         tables.costs_table(results),
         "Every call of a stage, and the tokens that it generated. Of training, its steps and the tokens of "
-        "prompts and targets, without the answers to validation rows. The base model's answers are made once "
-        "and serve every method. With torchrun the minutes are those of the process that took longest. "
-        "Not counted: validation, drift, the scored general benchmarks, and what another engine made. "
-        "The paper: one A100 80 GB, predictions with vLLM.",
+        "prompts and targets. `load` is reading and checking the rows, loading the model and its trial. The "
+        "base model's answers are made once and serve every method. `evaluate` is the answers to test rows, "
+        "with their verdicts. Loading, Table 1 and Fig. 2 of an evaluation are those of its last call. With "
+        "torchrun the minutes are those of the process that took longest. Not counted: what another engine "
+        "made, and the loading of a run that was killed. The paper: one A100 80 GB, predictions with vLLM.",
     ]

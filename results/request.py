@@ -1,22 +1,21 @@
 """What evaluate.py is asked for: its command line, read into plain values."""
 
 import argparse
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from engine.model import usable_device
+from engine.server import is_url
 from results.checks import check_config
 from results.config import Machine, read_comparison
 from results.run_files import trained_methods
 from support.cli import InputError, one_line_error, positive_int
 from support.files import file_digests, read_json
 from tasks import CUSTOM_FLAGS
-from tasks.benchmarks import BENCHMARKS, ZERO_SHOT, Scoring
+from tasks.benchmarks import ZERO_SHOT, Scoring
+from tasks.general import GENERATED, NAMES, SHOWS_SHOTS
 
-SHOWS_SHOTS = "mmlu"  # the benchmark whose questions can stand below solved ones
-GENERATED = "ifeval"  # the benchmark whose prompts are answered, as a user turn
-NAMES = (*BENCHMARKS, GENERATED)
 OF_THE_OWN_TASK = ("files", "contents", "judge", "max_new_tokens", *CUSTOM_FLAGS)  # settings of a run
 
 
@@ -32,6 +31,8 @@ class Evaluation:
     scoring: Scoring = ZERO_SHOT  # how they are asked
     audit: int | None = None  # instead of all that: how many judged rows a person marks
     show: str | None = None  # instead of all that: the training row that is shown
+    compare_judge: str | None = None  # instead of all that: the model that judges the same answers
+    engine: str | None = None  # URL#NAME of a served model that answers the test rows
 
     @cached_property
     def elsewhere(self) -> str:
@@ -67,15 +68,6 @@ class Alone:
     machine: Machine
     benchmarks: tuple[str, ...]
     scoring: Scoring
-
-
-def scoring_of(asked: Evaluation | Alone, name: str) -> Scoring:
-    """How a benchmark is asked: MMLU alone heeds --num-fewshot, and IFEval always has the chat template."""
-    if name == SHOWS_SHOTS:
-        return replace(asked.scoring, max_new_tokens=None)
-    if name == GENERATED:
-        return replace(asked.scoring, num_fewshot=0, apply_chat_template=True, add_bos=False)
-    return replace(asked.scoring, num_fewshot=0, max_new_tokens=None)
 
 
 def zero_shot_in_words(asked: Evaluation | Alone) -> str:
@@ -125,6 +117,10 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--audit", type=positive_int, metavar="N",
                         help="draw N judged rows for a person to mark, or read them back")
     parser.add_argument("--show", metavar="ID", help="show a training row's way through the three branches")
+    parser.add_argument("--compare-judge", metavar="M",
+                        help="a model (name, folder or URL) judges the same answers: how often both agree")
+    parser.add_argument("--engine", metavar="URL",
+                        help="a server answers the test rows: of the base model, and of adapters it lists")
     general = parser.add_argument_group("general benchmarks (Table 4), as lm-evaluation-harness scores them")
     general.add_argument("--benchmarks", type=benchmark_names, metavar="LIST",
                          help=f"of {','.join(NAMES)}")
@@ -186,8 +182,9 @@ def alone_from(args) -> Alone:
     """What the flags ask of a model that belongs to no run. InputError: they do not fit together."""
     if not args.benchmarks:
         raise InputError("--model goes with --benchmarks; the models of a run come from its folder")
-    if args.task or args.test_file or args.audit or args.show:
-        raise InputError("--task, --test-file, --audit and --show are for a run's models: leave --model out")
+    if args.task or args.test_file or args.audit or args.show or args.compare_judge or args.engine:
+        raise InputError("--task, --test-file, --audit, --show, --compare-judge and --engine are for a run's "
+                         "models: leave --model out")
     if (args.out / "config.json").exists() or trained_methods(args.out):
         raise InputError(
             f"--out {args.out}: a run's folder, whose results --model would overwrite; take another")
@@ -206,11 +203,17 @@ def evaluation_from(args) -> Evaluation:
             "another file of your own is --test-file FILE")
     if args.task and args.test_file:
         raise InputError("--task and --test-file: each takes other test rows; give one of them")
-    if args.audit or args.show:
-        flag = "--audit" if args.audit else "--show"
-        if args.benchmarks or args.task or args.test_file or (args.audit and args.show):
-            raise InputError(f"{flag} stands alone: leave --benchmarks, --task, --test-file (and --show) out")
+    alone = {"--audit": args.audit, "--show": args.show, "--compare-judge": args.compare_judge}
+    given = [flag for flag, value in alone.items() if value]
+    others = args.benchmarks or args.task or args.test_file or args.engine
+    if len(given) > 1 or given and others:
+        raise InputError(f"{given[0]} stands alone: leave --benchmarks, --task, --test-file, --engine (and "
+                         f"{' and '.join(flag for flag in alone if flag != given[0])}) out")
+    if args.engine and not is_url(args.engine):
+        raise InputError(f"--engine {args.engine}: not the address of a server, as http://localhost:8000/v1")
     scoring = scoring_from(args)
     names = tuple(args.benchmarks or ())
     machine = machine_from(args)
-    return Evaluation(args.out, machine, args.task, args.test_file, names, scoring, args.audit, args.show)
+    return Evaluation(
+        args.out, machine, args.task, args.test_file, names, scoring, args.audit, args.show,
+        args.compare_judge, args.engine)

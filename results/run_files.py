@@ -13,7 +13,7 @@ from support import ranks
 from support.cli import InputError
 from support.files import read_bytes, read_json, read_jsonl
 from support.numerals import mark_differs
-from support.stats import mcnemar
+from support.stats import mcnemar, wilson
 
 KINDS = ("predictions", "paraphrases")
 BRANCHES = ("prediction", "paraphrase", "gold")  # of Algorithm 1, in the order of Fig. 1
@@ -131,6 +131,17 @@ def unused_answers(run: Path, keep_unfinished: bool, numeric: bool) -> dict[str,
 # ------------------------------------------------------------------------------ test answers
 
 
+def accuracy_of(verdicts: dict[str, bool | None], rows: dict[str, dict]) -> dict:
+    """The share of accepted responses with its interval, and how many the length limit cut off."""
+    correct = sum(map(bool, verdicts.values()))
+    return {
+        "accuracy": correct / len(verdicts),
+        "interval": wilson(correct, len(verdicts)),
+        "n": len(verdicts),
+        "length_limit_hit": sum(not row.get("finished", True) for row in rows.values()),
+    }
+
+
 def compare(models: dict[str, dict], folders: dict[str, Path], ids: list[str]) -> None:
     """Add each model's paired comparisons over the test rows `ids`, against SFT and against base."""
     verdicts = {}
@@ -149,45 +160,67 @@ def compare(models: dict[str, dict], folders: dict[str, Path], ids: list[str]) -
 
 
 COST = {"folder": str, "calls": int, "tokens": int, "seconds": NUMBER, "rank": int}  # a row of a costs.jsonl
-STAGES = {  # of a costs.jsonl, in the words of the report
-    "predictions": "predict",
-    "judge:predictions": "judge predictions",
-    "paraphrases": "paraphrase",
-    "judge:paraphrases": "judge paraphrases",
-    "samples": "sample",
-    "judge:samples": "judge samples",
-}
+STAGES = {"predictions": "predict", "paraphrases": "paraphrase", "samples": "sample"}  # words of the report
+BENCHMARKS, DRIFT, TEST = "general benchmarks", "drift", "evaluate"
 
 
 def read_costs(run: Path, training: dict[str, dict]) -> list[dict]:
     """What D', training and evaluation cost: {"stage", "model", "calls", "tokens", "seconds"} of each stage.
 
     From costs.jsonl, beside the answers, and from `training` (name -> training.json). Calls and tokens are
-    summed over every call of a stage. With torchrun its processes work side by side, so the seconds are those
-    of the process that took longest. What was made elsewhere, or before costs were kept, is not in it.
+    summed over every call of a stage, None where they are not counted. With torchrun its processes work side
+    by side, so the seconds are those of the process that took longest. What was made elsewhere, or before
+    costs were kept, is not in it.
     """
-    making = {stage: [] for stage in STAGES.values()}
-    evaluating = {}
+    making, evaluating = {}, {}
     for folder, row in _cost_rows(run):
-        stage = row["stage"]
-        if stage.endswith(".judged"):
-            stage = "judge:" + stage.removesuffix(".judged")
-        if stage in STAGES:
-            making[STAGES[stage]].append(row)
-        else:
-            evaluating.setdefault(folder, []).append(row)
+        stage, model = stage_of(folder, row["stage"])
+        of_evaluation = stage in (BENCHMARKS, DRIFT, TEST)
+        (evaluating if of_evaluation else making).setdefault((stage, model), []).append(row)
 
     rows = []
-    for stage, made in making.items():
-        if made:
-            rows.append({"stage": stage, "model": "base", **_sums(made)})
+    for (stage, model), made in making.items():
+        rows.append({"stage": stage, "model": model, **_sums(made)})
     for name, found in training.items():
-        if found["minutes"] is not None:
-            calls, tokens = found["steps"] or 0, found["tokens"] or 0
-            rows.append({"stage": "train", "model": name, "calls": calls, "tokens": tokens,
-                         "seconds": round(60 * found["minutes"], 1)})
-    for folder, made in sorted(evaluating.items()):
-        rows.append({"stage": "evaluate", "model": folder, **_sums(made)})
+        rows += _training_costs(name, found)
+    for (stage, model), made in sorted(evaluating.items()):
+        rows.append({"stage": stage, "model": model, **_sums(made)})
+    return rows
+
+
+def stage_of(folder: str, stage: str) -> tuple[str, str]:
+    """(stage, model) in the words of the report, of a row of the costs.jsonl in a run's folder.
+
+    What stands beside the run's own files was made for D' by the base model.
+    """
+    name, _, part = folder.partition("/")
+    if part == "benchmarks":
+        return BENCHMARKS, name
+    if stage in ("drift", "general"):
+        return DRIFT, name
+    if stage in ("test", "test.judged"):
+        return TEST, folder
+    model = "base" if folder == "." else folder
+    judged = stage.removeprefix("judge:").removesuffix(".judged")
+    if judged != stage:
+        return f"judge {judged.replace('_', ' ')}", model
+    return STAGES.get(stage, stage.replace("_", " ")), model
+
+
+def _training_costs(name: str, found: dict) -> list[dict]:
+    """The stages of a training.json. An older one does not say what loading and validation took."""
+    uncounted = {"calls": None, "tokens": None}
+    steps = {"calls": found["steps"] or 0, "tokens": found["tokens"] or 0}
+    stages = (
+        ("load", "loading_minutes", uncounted),
+        ("train", "minutes", steps),
+        ("validate", "validation_minutes", uncounted),
+    )
+    rows = []
+    for stage, field, counts in stages:
+        if found.get(field) is not None:
+            seconds = round(60 * found[field], 1)
+            rows.append({"stage": stage, "model": name, **counts, "seconds": seconds})
     return rows
 
 

@@ -91,11 +91,30 @@ def reading_table(results: dict) -> str:
     return markdown_table(["method", "rows", "n", *header, "words"], rows)
 
 
-def harness_table(results: dict) -> str:
+def metrics_table(results: dict) -> str:
+    """The task's own metrics: a column each."""
     rows = []
     for name, model in results["models"].items():
-        rows.append([name, percent(model["harness"]["strict"]), percent(model["harness"]["flexible"])])
-    return markdown_table(["method", "strict %", "flexible %"], rows)
+        cells = ["" if value is None else f"{value:.3f}" for value in model["metrics"].values()]
+        rows.append([name, *cells])
+    header = results["models"]["base"]["metrics"]
+    return markdown_table(["method", *header], rows)
+
+
+def bigcode_table(results: dict) -> str:
+    """The paper's Table 2 beside it: its models are scored with that harness."""
+    paper = paper_row(PAPER_ACCURACY, results) or {}
+    rows = []
+    for name, model in results["models"].items():
+        if "bigcode" in model:
+            found = model["bigcode"]
+            low, high = found["interval"]
+            method = model.get("training", {}).get("method", name)
+            cells = [percent(found["accuracy"]), f"{percent(low)} to {percent(high)}"]
+            cells += [str(found["length_limit_hit"]), percent(model["accuracy"]), shown(paper.get(method))]
+            rows.append([name, *cells])
+    header = ["method", "bigcode's prompt: accuracy %", "95 % interval", "length limit hit"]
+    return markdown_table([*header, "the task's prompt (Table 2) %", "paper %"], rows)
 
 
 def training_table(results: dict) -> str:
@@ -116,14 +135,15 @@ def costs_table(results: dict) -> str:
     minutes = paper_row(PAPER_PREDICTION_MINUTES, results)
     if minutes:
         paper["predict"] = str(minutes)
-    rows, seconds = [], 0.0
+    whole = sum(row["seconds"] for row in results["costs"])
+    rows = []
     for row in results["costs"]:
-        seconds += row["seconds"]
-        cells = [str(row["calls"]), str(row["tokens"]), f"{row['seconds'] / 60:.1f}"]
+        share = row["seconds"] / whole if whole else 0.0
+        cells = [shown(row["calls"]), shown(row["tokens"]), f"{row['seconds'] / 60:.1f}", percent(share)]
         rows.append([row["stage"], row["model"], *cells, paper.get(row["stage"], "")])
-    whole = f"at most {PAPER_CYCLE_MINUTES} for one method"
-    rows.append(["all of these", "", "", "", f"{seconds / 60:.1f}", whole])
-    return markdown_table(["stage", "model", "calls", "tokens", "minutes", "the paper's minutes"], rows)
+    cycle = f"at most {PAPER_CYCLE_MINUTES} for one method"
+    rows.append(["all of these", "", "", "", f"{whole / 60:.1f}", "100.0", cycle])
+    return markdown_table(["stage", "model", "calls", "tokens", "minutes", "%", "the paper's minutes"], rows)
 
 
 # ------------------------------------------------------------------------------ several runs

@@ -15,6 +15,7 @@ from tasks.mbpp import MBPP
 from tasks.multidoc2dial import MULTIDOC2DIAL
 from tasks.reading import EMBEDDED, MUSIQUE, NQ, SQUAD, SQUAD1
 from tasks.rows import check_ids
+from tasks.summaries import SUMMARIES
 
 TASKS = {
     "gsm8k": GSM8K,
@@ -25,6 +26,7 @@ TASKS = {
     "musique": MUSIQUE,
     "multidoc2dial": MULTIDOC2DIAL,
     "reading": EMBEDDED,
+    "summaries": SUMMARIES,
 }
 CUSTOM_FLAGS = ("question_field", "answer_field", "prompt", "prompt_file")  # of --task custom
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from engine.likelihood import Encoder, Option, can_share, log_likelihoods, max_length, trial
 from support import ranks
 from support.cli import InputError
+from support.costs import CostMeter
 from support.files import RowFile, digest, line_numbers, read_json, write_json
 from tasks.hellaswag import HELLASWAG
 from tasks.mmlu import MMLU, MMLU_SHOTS
@@ -185,8 +186,10 @@ def score(
         if key in file.rows and file.rows[key].get("digest", document.digest) != document.digest:
             del file.rows[key]  # it answers another question, and is scored anew
     missing = [wanted[key] for key in file.missing(wanted)]
-    for sample in scored(model, encoder, missing):
-        file.append(sample)
+    with CostMeter(path.with_name("benchmarks")) as cost:
+        for sample in scored(model, encoder, missing):
+            file.append(sample)
+            cost.add(calls=1)
     samples = file.finish(sorted(file.rows.keys() | wanted.keys()))
 
     # 3. The means over what was asked for: the file may hold more.

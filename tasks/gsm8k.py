@@ -73,10 +73,6 @@ def gsm8k_gold(example: Example) -> str:
     return f"{steps.strip()}\nThe answer is {number}."
 
 
-GSM8K = Task(
-    load_gsm8k, judge="numeric", predict=PREDICT, train=TRAIN, paraphrase=PARAPHRASE, gold=gsm8k_gold)
-
-
 # -------------------------------------------------------------------------------- read as lm-eval does
 
 
@@ -104,3 +100,26 @@ def _clean(text: str) -> str:
     for ignored in (",", r"\$", "(?s).*#### ", r"\.$"):
         text = re.sub(ignored, "", text)
     return text.lower()
+
+
+def strict_match(x: Example, response: str) -> float:
+    """Is the number after `####` right? The paper's prompts do not ask for that form."""
+    return float(gsm8k_match(gsm8k_strict(response), x.answer))
+
+
+def flexible_match(x: Example, response: str) -> float:
+    """Is the last thing that looks like a number right?"""
+    return float(gsm8k_match(gsm8k_flexible(response), x.answer))
+
+
+# -------------------------------------------------------------------------------- the task
+
+GSM8K = Task(
+    load_gsm8k,
+    judge="numeric",
+    predict=PREDICT,
+    train=TRAIN,
+    paraphrase=PARAPHRASE,
+    gold=gsm8k_gold,
+    metrics={"lm-eval, after ####": strict_match, "lm-eval, last number": flexible_match},
+)

@@ -5,6 +5,11 @@ A row: {"task_id": 601, "text": "Write a function to ...", "code": "def f(...): 
 
 Decided here: the gold is the code between [[BEGIN]] and [[DONE]], as the prompt asks. The training split has
 374 rows (ids 601 to 974, the data's own split). The paper says 372.
+
+The paper scores its models with bigcode-evaluation-harness. So that published numbers have something beside
+them, evaluate.py asks the test rows in that harness's way too: a docstring with the task and the first of its
+tests, which the model goes on with, no chat template. Ours is greedy, as the paper decodes. The harness draws
+at temperature 0.2 (0.1 in its own example for MBPP), and its 512 tokens hold the prompt too.
 """
 
 from pathlib import Path
@@ -57,6 +62,28 @@ def mbpp_example(row: dict, where: str = "MBPP") -> Example:
         tests=tuple(texts_of(row, "test_list", where)),
         setup=text_of(row, "test_setup_code", where),
     )
+
+
+# ------------------------------------------------------------------------ as bigcode-evaluation-harness asks
+
+BIGCODE_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")
+
+
+def bigcode_prompt(example: Example) -> str:
+    """The text that a model goes on with. The first test shows the name of the function."""
+    return f'"""\n{example.question}\n{example.tests[0]}\n"""\n'
+
+
+def bigcode_program(example: Example, continuation: str) -> str:
+    """What is run with all tests of the row: the prompt, and its continuation up to the first stop string."""
+    end = len(continuation)
+    for stop in BIGCODE_STOPS:
+        if stop in continuation:
+            end = min(end, continuation.index(stop))
+    return bigcode_prompt(example) + continuation[:end]
+
+
+# --------------------------------------------------------------------------------------------------- the task
 
 
 def mbpp_gold(example: Example) -> str:

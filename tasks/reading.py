@@ -231,12 +231,13 @@ def _musique_example(row: dict, where: str) -> Example:
 # -------------------------------------------------------------------------------- the embedded set
 
 
+PARTS = (slice(36), slice(36, 42), slice(42, None))  # the passages that train, validate and test
+
+
 def load_reading(folder: Path) -> Splits:
     """60 short passages written for this project, split by passage. A quarter of the rows is unanswerable."""
     articles = read_squad(EXAMPLES / "reading.json")
-    train = pair_unanswerable(articles[:36])
-    validation = pair_unanswerable(articles[36:42])
-    test = pair_unanswerable(articles[42:])
+    train, validation, test = [pair_unanswerable(articles[part]) for part in PARTS]
     return train, validation, test
 
 

@@ -26,6 +26,7 @@ from support import sandbox
 from support.cli import InputError
 from support.files import read_jsonl
 from support.numerals import last_number, mark_differs
+from support.rouge import rouge_l
 
 PIECES = [  # what the readers look for, to be strung together
     "[[BEGIN]]", "[[DONE]]", "```", "```python\n", "\r\n", "\n", "\t", " ", "\ufeff", "\0", "\ud800", "é",
@@ -76,6 +77,12 @@ def recalls(response, gold):
     assert not judges.recall(response, "", unanswerable=True) or judges.abstains(response)
 
 
+def rouges(response, gold):
+    assert 0 <= rouge_l(response, gold) <= 1
+    assert rouge_l(gold, gold) == (1 if any(letter.isalnum() for letter in gold.lower()) else 0)
+    assert abs(rouge_l(response, gold) - rouge_l(gold, response)) < 1e-9
+
+
 def jsonl(content, extra):
     path = Path(SCRATCH.name) / "rows.jsonl"
     path.write_bytes((content + "\n" + extra).encode("utf-8", "surrogatepass"))
@@ -96,7 +103,7 @@ def tests_of_programs(test, other):
     assert equalities[-1] == (len(calls) - 1, 1)
 
 
-READERS = (numbers, extraction, verdicts, recalls, jsonl, tests_of_programs)
+READERS = (numbers, extraction, verdicts, recalls, rouges, jsonl, tests_of_programs)
 SCRATCH = tempfile.TemporaryDirectory()
 
 

@@ -111,11 +111,26 @@ def test_one_question_of_every_passage():
 
 
 def test_generation_beside_transformers_gives_the_same_answers(tiny, tmp_path):
-    sizes = ["--reading=4", "--reading-tokens=3", "--rounds=1"]
+    sizes = ["--reading=4", "--reading-tokens=3", "--rounds=1", "--windowed=tiny"]
     script("generate", f"--model={tiny}", *sizes, f"--out={tmp_path}")
-    for case in read_json(tmp_path / "generate.json")["workloads"].values():
-        assert case["prompts"] == 4
+    results = read_json(tmp_path / "generate.json")
+    for case in results["workloads"].values():
+        assert case["prompts"] == 4 and case["generated"] == 12
         assert case["answers that differ"][bench_generate.PEER] == 0
+    names = [name.removeprefix("Gemma 3's shape: ") for name in results["workloads"]]
+    assert len(names) == 4 and names[:2] == names[2:]
+    text = (tmp_path / "generate.md").read_text()
+    assert text == bench_generate.table(results)
+    assert "Gemma 3's shape: random weights, 6 layers, 1 of them full, the others with a window of 32 tokens" in text
+
+
+def test_gemma_3s_shape_is_that_of_its_card():
+    """google/gemma-3-270m: 100 million weights in its layers, 168 million in an embedding of 262,144 tokens."""
+    with torch.device("meta"):
+        model = shapes.windowed_model("gemma-3", 262144, 1, torch.float32, "meta")
+    assert round(shapes.weights_of(model) / 1e6) == 100
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == 268
+    assert model.config.layer_types.count("sliding_attention") == 15
 
 
 def test_training_beside_peft(tiny, tmp_path):

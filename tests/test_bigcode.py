@@ -6,13 +6,24 @@ wall clock. Any exception is a failure, SystemExit too. (Left out: there some fu
 os.fork for one, are None.) Where the judge answers otherwise on purpose, a case below says why.
 """
 
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
 
+import answers
+import evaluate
 import judges
+import s3ft
+from data import Example
+from engine.chat import plain_text, response_text
+from engine.model import load_model
 from support import sandbox
+from support.files import read_jsonl, write_jsonl
+from tasks import mbpp
 
 REFERENCE = """
 import contextlib, io, os, sys
@@ -177,3 +188,102 @@ def test_another_verdict_on_purpose(reason):
     program, tests = (DIFFERENT | FORBIDDEN)[reason]
     assert bigcode(program, tests, timeout=20)
     assert not judges.run_tests(program, tests)
+
+
+# --------------------------------------------------------------------------- its prompt, stop words and the row
+
+
+def row(number: int) -> dict:
+    tests = [f"assert f({number}) == {number}", "assert f(0) == 0", "assert f('a') == 'a'"]
+    return {"task_id": number, "text": f"Write f, task {number}.", "code": "def f(a):\n    return a",
+            "test_list": tests, "test_setup_code": ""}
+
+
+def test_the_prompt_by_hand():
+    """docs/README.md of the harness: three quotes, description, one test, three quotes, a line each."""
+    assert mbpp.bigcode_prompt(mbpp.mbpp_example(row(11))) == (
+        '"""\nWrite f, task 11.\nassert f(11) == 11\n"""\n')
+
+
+IDENTITY = "def f(a):\n    return a"
+
+
+@pytest.mark.parametrize(("continuation", "kept"), [
+    (IDENTITY, IDENTITY),
+    (f"{IDENTITY}\nassert f(1) == 1\nprint(f(1))", IDENTITY),
+    (f"{IDENTITY}\nprint(f(1))\nassert f(1) == 1", IDENTITY),
+    (f"{IDENTITY}\n\nif __name__ == '__main__':\n    f(1)", f"{IDENTITY}\n"),
+    (f"{IDENTITY}\n```\nThis returns a.", IDENTITY),
+    (f'{IDENTITY}\n"""\nAnother task', IDENTITY),
+    ("def f(a):\n    if a:\n        print(a)\n    return a\nclass A:", "def f(a):\n    if a:\n        print(a)\n    return a"),
+    ("def f(a):\n    return a\n<|/code|>", IDENTITY),
+    ("if True:\n    f = str\nelse:\n    f = int", "if True:\n    f = str\nelse:\n    f = int"),  # no line before it
+    ("\nclass A:", ""),
+    ("", ""),
+])
+def test_a_continuation_is_cut_at_the_first_stop_word(continuation, kept):
+    x = mbpp.mbpp_example(row(11))
+    assert mbpp.bigcode_program(x, continuation) == mbpp.bigcode_prompt(x) + kept
+
+
+@pytest.mark.parametrize(("continuation", "accepted", "by_the_task_s_own"), [
+    (f"{IDENTITY}\nprint(g)", True, False),  # the last line is cut off here
+    (f"```python\n{IDENTITY}\n```", False, True),  # a fence that opens a response is no stop word, and no Python
+    (f"[[BEGIN]]\n{IDENTITY}\n[[DONE]]", False, True),
+    ("    return a", False, False),
+])
+def test_its_judge_takes_a_program_as_it_stands(continuation, accepted, by_the_task_s_own):
+    x = mbpp.mbpp_example(row(11))
+    program = mbpp.bigcode_program(x, continuation)
+    assert bigcode(program, list(x.tests), timeout=20) is accepted
+    assert list(judges.judge_all("bigcode", [(x, program)])) == [accepted]
+    assert judges.JUDGES["code"](x, continuation) is by_the_task_s_own
+
+
+def test_setup_code_is_not_run_there():
+    x = Example("1", "q", "", tests=("assert f(root) == 1",), setup="root = 1")
+    assert judges.JUDGES["code"](x, IDENTITY)
+    assert list(judges.judge_all("bigcode", [(x, mbpp.bigcode_program(x, IDENTITY))])) == [False]
+
+
+def test_the_model_goes_on_with_the_text_itself(tiny, tmp_path):
+    """Beside transformers' generate, on what a tokenizer that adds BOS (and one that adds EOS too) makes of the text."""
+    model, tokenizer = load_model(str(tiny), "cpu")
+    text = mbpp.bigcode_prompt(mbpp.mbpp_example(row(11)))
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(text)]
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids):].tolist()
+    for name, frame in (("bos", "<s> $A"), ("both", "<s> $A </s>")):
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=special)
+        path = tmp_path / f"{name}.jsonl"
+        found = answers.respond(answers.LocalModel(model, tokenizer, chat=False), {"11": text}, path, answers.Limits(6))
+        assert found["11"]["tokens"] == expected
+        assert found["11"]["response"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_nothing_is_taken_for_thinking_where_there_is_no_chat(tiny):
+    _, tokenizer = load_model(str(tiny), "cpu")
+    tokens = tokenizer.encode("<think>f</think>def f(a):")
+    assert response_text(tokenizer, tokens) == "def f(a):"
+    assert plain_text(tokenizer, tokens) == "<think>f</think>def f(a):"
+
+
+def test_a_run_of_mbpp_has_the_second_row(tiny, tmp_path, monkeypatch):
+    """The base model's continuations were made elsewhere, and all but one are right. The trained model makes its own."""
+    (tmp_path / "mbpp").mkdir()
+    write_jsonl(tmp_path / "mbpp" / "mbpp.jsonl", [row(number) for number in range(1, 975)])
+    run = tmp_path / "run"
+    s3ft.main(["--task=mbpp", "--method=sft", f"--model={tiny}", f"--out={run}", f"--data={tmp_path}", "--steps=1",
+               "--max-new-tokens=4", "--device=cpu", "--limit=3"])
+    monkeypatch.setattr(evaluate, "GENERAL_TOKENS", 2)
+    texts = {"11": f"{IDENTITY}\nprint(", "12": IDENTITY, "13": "def f(a):\n    return 13"}
+    write_jsonl(run / "base" / "bigcode" / "test.jsonl", [{"id": id, "response": text} for id, text in texts.items()])
+    evaluate.main([f"--out={run}", f"--data={tmp_path}", "--device=cpu"])
+
+    models = json.loads((run / "results.json").read_text())["models"]
+    assert models["base"]["bigcode"]["accuracy"] == pytest.approx(2 / 3) and models["base"]["accuracy"] == 0
+    assert models["sft"]["bigcode"]["n"] == 3 and models["sft"]["bigcode"]["accuracy"] == 0
+    kept = read_jsonl(run / "sft" / "bigcode" / "test.jsonl")
+    assert [row["id"] for row in kept] == ["11", "12", "13"]
+    report = (run / "report.md").read_text()
+    assert "| base | 66.7 | 20.8 to 93.9 | 0 | 0.0 | 22.2 |" in report and "temperature 0.2" in report

@@ -20,6 +20,7 @@ from evaluate import kl_drift
 from support.cli import InputError, exit_cleanly
 from support.files import read_jsonl, write_jsonl
 from support.stats import mcnemar, wilson
+from tasks import general
 
 
 @pytest.mark.parametrize(("successes", "n", "expected"), [
@@ -94,7 +95,8 @@ def test_the_llm_judge_asks_the_base_model_inside_a_trained_one(tuned, tiny):
     model, tokenizer = tuned
     base, _ = load_model(str(tiny), "cpu")
     prompts = ["Decision?", "Is 2 + 2 = 4?"]
-    assert answers.ask_base_model(model, tokenizer)(prompts) == answers.ask_base_model(base, tokenizer)(prompts)
+    inside = answers.LocalModel(model, tokenizer, adapter=False)
+    assert answers.replies_of(inside)(prompts) == answers.replies_of(answers.LocalModel(base, tokenizer))(prompts)
     assert all(layer.enabled for layer in lora.layers(model).values())
 
 
@@ -102,7 +104,8 @@ def test_unreadable_verdicts_are_kept_apart_from_false_ones(loaded_run):
     """The tiny model answers the LLM judge with noise: None in the file, not accepted in the count."""
     run, task, test, model, tokenizer = loaded_run
     pairs = [(x, "4") for x in test]
-    found = answers.judge_answers(model, tokenizer, task, pairs, run / "noise.judged.jsonl")
+    judge = answers.LocalModel(model, tokenizer)
+    found = answers.judge_answers(judge, task, pairs, run / "noise.judged.jsonl")
     assert set(found.values()) == {None}
     assert [row["accepted"] for row in read_jsonl(run / "noise.judged.jsonl")] == [None] * len(test)
 
@@ -147,6 +150,7 @@ def test_a_report_holds_every_table(run, capsys):
     assert results["selection"]["predictions"] == {"n": 8, "length_limit_hit": 0, "unreadable_verdicts": 0}
     assert [len(results["log_probabilities"][kind]) for kind in ("predictions", "paraphrases", "golds")] == [4, 4, 4]
     report = (run / "report.md").read_text()
+    assert results["machine"]["dtype"] == "float32" and " threads, float32, torch " in report
     assert "| sft | 100.0 | 67.6 to 100.0 |" in report and "| s3ft | 8 | 75.0 | 0.0 | 25.0 |" in report
     assert report == capsys.readouterr().out.rstrip("\n") + "\n"
 
@@ -163,7 +167,7 @@ def test_a_report_with_general_benchmarks_shows_the_drop(run, tmp_path, monkeypa
     for file, rows in BENCHMARK_ROWS.items():
         (tmp_path / "data" / file).parent.mkdir(parents=True)
         write_jsonl(tmp_path / "data" / file, rows)
-        monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+        monkeypatch.setitem(general.benchmarks.COUNTS, file, 3)
     evaluate.main([f"--out={run}", "--device=cpu", "--benchmarks=winogrande,hellaswag", f"--data={tmp_path / 'data'}"])
     models = json.loads((run / "results.json").read_text())["models"]
     assert len(read_jsonl(run / "sft" / "benchmarks" / "samples.jsonl")) == 6
@@ -172,6 +176,7 @@ def test_a_report_with_general_benchmarks_shows_the_drop(run, tmp_path, monkeypa
         assert models["sft"]["benchmarks"]["drop"][name]["drop"] == pytest.approx(accuracy[0] - accuracy[1])
     report = (run / "report.md").read_text()
     assert "| method | winogrande | hellaswag | average |" in report
+    assert "| general benchmarks | sft | 6 | 0 |" in report
 
     log_p = {}
     for who in ("base", "sft"):
@@ -189,7 +194,7 @@ def test_a_model_on_its_own(tiny, run, tmp_path, monkeypatch, capsys):
     file = "winogrande/validation.jsonl"
     (tmp_path / "data" / "winogrande").mkdir(parents=True)
     write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
-    monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+    monkeypatch.setitem(general.benchmarks.COUNTS, file, 3)
     argv = [f"--model={tiny}", "--benchmarks=winogrande", f"--data={tmp_path / 'data'}", "--device=cpu", "--limit=2"]
     evaluate.main([*argv, f"--out={tmp_path / 'alone'}"])
     assert json.loads((tmp_path / "alone" / "results.json").read_text())["benchmarks"]["winogrande"]["n"] == 2
@@ -206,7 +211,7 @@ def test_the_report_of_one_model_holds_no_scores_of_another(tiny, run, tmp_path,
     for file in ("winogrande/validation.jsonl", "hellaswag/validation.jsonl"):
         (tmp_path / "data" / file).parent.mkdir(parents=True)
         write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
-        monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+        monkeypatch.setitem(general.benchmarks.COUNTS, file, 3)
     argv = [f"--model={tiny}", f"--data={tmp_path / 'data'}", "--device=cpu", f"--out={tmp_path / 'alone'}"]
     evaluate.main([*argv, "--benchmarks=winogrande", f"--adapter={run / 'sft'}"])
     evaluate.main([*argv, "--benchmarks=hellaswag", f"--adapter={run / 'sft'}"])
@@ -233,9 +238,9 @@ def test_ifeval_is_answered_graded_and_compared(run, tmp_path, monkeypatch):
     rows = [{"key": i, "prompt": f"Write {i} words without a comma.", "instruction_id_list": ["punctuation:no_comma"],
              "kwargs": [{}]} for i in range(3)]
     write_jsonl(tmp_path / "data" / "ifeval" / "input_data.jsonl", rows)
-    monkeypatch.setattr(evaluate.ifeval, "COUNT", 3)
-    monkeypatch.setattr(evaluate.ifeval, "MAX_NEW_TOKENS", 4)
-    monkeypatch.setattr(evaluate.ifeval, "load_checkers", lambda data: CommaChecker)
+    monkeypatch.setattr(general.ifeval, "COUNT", 3)
+    monkeypatch.setattr(general.ifeval, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(general.ifeval, "load_checkers", lambda data: CommaChecker)
     evaluate.main([f"--out={run}", "--device=cpu", "--benchmarks=ifeval", f"--data={tmp_path / 'data'}"])
 
     models = json.loads((run / "results.json").read_text())["models"]
@@ -260,7 +265,7 @@ def test_a_score_says_how_many_shots_were_shown(tiny, tmp_path, monkeypatch, cap
     file = "winogrande/validation.jsonl"
     (tmp_path / "data" / "winogrande").mkdir(parents=True)
     write_jsonl(tmp_path / "data" / file, BENCHMARK_ROWS[file])
-    monkeypatch.setitem(evaluate.benchmarks.COUNTS, file, 3)
+    monkeypatch.setitem(general.benchmarks.COUNTS, file, 3)
     evaluate.main([f"--model={tiny}", "--benchmarks=winogrande", "--num-fewshot=2", f"--data={tmp_path / 'data'}",
                    "--device=cpu", f"--out={tmp_path / 'alone'}"])
     scores = json.loads((tmp_path / "alone" / "results.json").read_text())["benchmarks"]

@@ -225,6 +225,13 @@ def test_text_is_cut_where_a_token_overshoots_the_stop_string(tokenizer):
     assert (got[0].text, len(got[0].tokens), got[0].finished) == ("ax]]", 2, True)
 
 
+def test_the_first_of_several_stop_strings_ends_a_response(tokenizer):
+    pieces = ["a", "[[", "b", "DONE", "]]", "c"]
+    for stops in (("]]", "bDONE"), ("bDONE", "]]")):
+        got = dict(generate(scripted(pieces), tokenizer, [[5, 6, 7]], 12, stop=stops))
+        assert (got[0].text, len(got[0].tokens), got[0].finished) == ("a[[bDONE", 4, True)
+
+
 def test_length_limit_is_not_finished(tokenizer):
     got = dict(generate(scripted(["a", "b", "c", "</s>"]), tokenizer, [[5, 6, 7]], 3))
     assert (got[0].text, got[0].finished) == ("abc", False)

@@ -12,7 +12,7 @@ import pytest
 from results import request, table_4
 from support.cli import InputError
 from support.files import write_jsonl
-from tasks import ifeval
+from tasks import general, ifeval
 
 
 def row(key, *instructions):
@@ -213,10 +213,10 @@ def test_a_token_limit_reaches_ifeval_alone_and_is_said_beside_the_score(tmp_pat
     flags = ["--out", str(tmp_path), "--benchmarks", "mmlu,ifeval", "--max-new-tokens", "256"]
     (tmp_path / "config.json").write_text("{}")
     asked = request.read_command_line(flags)
-    assert request.scoring_of(asked, "ifeval").settings()["max_new_tokens"] == 256
-    assert "max_new_tokens" not in request.scoring_of(asked, "mmlu").settings()
+    assert general.scoring_of(asked.scoring, "ifeval").settings()["max_new_tokens"] == 256
+    assert "max_new_tokens" not in general.scoring_of(asked.scoring, "mmlu").settings()
 
-    settings = request.scoring_of(asked, "ifeval").settings()
+    settings = general.scoring_of(asked.scoring, "ifeval").settings()
     models = {"base": {"benchmarks": {"scores": {"ifeval": {"n": 100, "settings": settings}}}}}
     assert "at most 256 tokens a response" in table_4.settings_table(models)
     with pytest.raises(InputError, match="--max-new-tokens goes with --benchmarks ifeval"):

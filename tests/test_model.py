@@ -1,5 +1,6 @@
 """Packed rows against one row at a time: the same logits, loss and gradients for every kind of model."""
 
+import copy
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -8,16 +9,20 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
 
-from engine.attention import masked_attention, packed_attention
+from engine import precision
+from engine.attention import masked_attention, packed_attention, reach_of
 from engine.forward import HeadLoss, common_prefix, split_by_tokens
 from engine.model import load_model, loading_error_as_one_line
 from engine.packed import log_probs, target_logits, target_loss
@@ -79,6 +84,47 @@ def test_a_shared_prefix_is_computed_once():
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
     target_logits(model, PREFIXED, share_prefix=True)
     assert lengths == [sum(len(ids) for ids, _ in PREFIXED) - 3 * 4]
+
+
+WINDOW = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+WITH_WINDOWS = [MistralConfig(**SHAPE, sliding_window=5), Phi3Config(**SHAPE, sliding_window=5),
+                Qwen2Config(**SHAPE, sliding_window=5, use_sliding_window=True, max_window_layers=1),
+                Gemma3TextConfig(**SHAPE, **WINDOW), Cohere2Config(**SHAPE, **WINDOW), Olmo3Config(**SHAPE, **WINDOW)]
+
+
+@pytest.mark.parametrize("shared", [3, 9])
+@pytest.mark.parametrize("config", WITH_WINDOWS, ids=lambda c: c.model_type)
+def test_windows_are_packed_and_share_a_prefix(config, shared):
+    """Prefixes within the window and beyond it: the tokens are computed once, logits and gradients are each row's own."""
+    prefix = list(range(20, 20 + shared))
+    rows = [(prefix + ids, [False] * shared + is_target) for ids, is_target in random_rows()]
+    model, alone = model_of(config, "rows"), model_of(copy.deepcopy(config), "eager")
+    assert ways_of(model).shared_prefix
+    lengths = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+    logits, _ = target_logits(model, rows, share_prefix=True)
+    assert lengths == [sum(len(ids) for ids, _ in rows) - 3 * shared]
+
+    expected = torch.cat([found for found, _ in one_at_a_time(alone, rows)])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    for found in (logits, expected):
+        found.square().mean().backward()
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_mask_shows():
+    """Rows of 3 and 6 tokens: causal, under windows, and under masks that are neither."""
+    rows = [0] * 3 + [1] * 6
+    here, there = torch.arange(9)[:, None], torch.arange(9)
+    same_row = torch.tensor(rows)[:, None] == torch.tensor(rows)
+    causal = (there <= here) & same_row
+    chunks = causal & (here // 4 == there // 4)
+    for mask, window, reach in [(causal, None, 9), (causal, 4, 9), (causal & (there > here - 4), 4, 4),
+                                (causal & (there > here - 4), 3, None), (causal & (there > here - 4), None, None),
+                                (there <= here, None, 9), (chunks, 4, None), (chunks, None, None)]:
+        assert reach_of(mask[None, None].clone(), [3, 6], 0, window) == reach
+    assert reach_of(None, [3, 6], 0, 4) == 9
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
@@ -207,3 +253,77 @@ def test_a_gated_model_is_one_line_that_says_what_to_do():
 
 def test_downloads_show_their_progress():
     assert not huggingface_hub.utils.are_progress_bars_disabled()
+
+
+# --------------------------------------------------------------------------------------------- --dtype auto
+
+
+@pytest.mark.parametrize(("float32", "bfloat16", "expected"), [
+    (1.0, 0.5, "bfloat16"), (1.2, 1.0, "bfloat16"), (1.19, 1.0, "float32"), (1.0, 1.0, "float32"), (1.0, 6.0, "float32")])
+def test_bfloat16_must_be_faster_by_a_fifth(float32, bfloat16, expected):
+    assert precision.faster_dtype(float32, bfloat16) == expected
+
+
+def large_model(folder):
+    """The configuration of a model of 12 million weights. There are none in the folder, and none are asked for."""
+    LlamaConfig(**SHAPE | dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=4, head_dim=128),
+                architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_gpu_computes_in_bfloat16_and_an_apple_one_in_float32():
+    assert precision.fastest_dtype("cuda:0", "no model") == "bfloat16"
+    assert precision.fastest_dtype("mps", "no model") == "float32"
+
+
+@pytest.mark.skipif(precision.multiplies_bfloat16(), reason="this CPU multiplies bfloat16")
+def test_a_cpu_that_imitates_bfloat16_computes_in_float32(tmp_path, monkeypatch):
+    """Torch says that it cannot. Had it said otherwise, the trial would have shown it."""
+    assert precision.fastest_dtype("cpu", "no model") == "float32"
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
+    assert precision.fastest_dtype("cpu", large_model(tmp_path)) == "float32"
+
+
+def test_the_trial_decides_where_the_cpu_has_bfloat16(tiny, tmp_path, monkeypatch):
+    timed = []
+
+    def seconds(shapes):
+        timed.append(sorted(map(tuple, shapes)))
+        return {torch.float32: 2.0, torch.bfloat16: 1.0}
+
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "seconds_of_products", seconds)
+    assert precision.fastest_dtype("cpu", large_model(tmp_path)) == "bfloat16"
+    shapes = [(256, 512), (512, 512), (512, 1536), (1536, 512)]  # k and v, q and o, down, gate and up
+    assert timed == [shapes]
+
+    assert precision.fastest_dtype("cpu", str(tiny)) == "float32" and len(timed) == 1  # too small to time
+    monkeypatch.setattr(precision.ranks, "WORLD", 2)
+    assert precision.fastest_dtype("cpu", large_model(tmp_path)) == "float32" and len(timed) == 1
+
+
+def test_the_trial_takes_turns_for_a_second(monkeypatch):
+    """Products of 64 rows take about the square of a matrix's width."""
+    monkeypatch.setattr(precision, "SECONDS", 0.1)
+    small = precision.seconds_of_products([torch.Size((64, 64))])
+    large = precision.seconds_of_products([torch.Size((1024, 1024))])
+    assert small.keys() == large.keys() == {torch.float32, torch.bfloat16}
+    assert all(0 < small[dtype] < large[dtype] for dtype in small)
+
+
+@pytest.mark.parametrize(("capabilities", "expected"), [
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False), ({"avx512_bf16": True}, True),
+    ({"avx512_bf16": False, "amx_bf16": True}, True), ({"neon": True, "bf16": True}, True), ({"neon": True}, False)])
+def test_what_torch_says_of_a_cpu(capabilities, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert precision.multiplies_bfloat16() is expected
+
+
+def test_a_torch_that_says_nothing_of_a_cpu(monkeypatch):
+    """Older ones have other names for it, and another may have none."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert precision.multiplies_bfloat16()
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert not precision.multiplies_bfloat16()

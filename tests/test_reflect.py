@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -151,6 +152,8 @@ class Base:
     def __init__(self, model, tokenizer, run, task=CUSTOM_TASK):
         self.model, self.tokenizer, self.run = model, tokenizer, run
         self.task = replace(task, judge="numeric")
+        self.responder = answers.LocalModel(model, tokenizer)
+        self.judge = answers.LocalModel(model, tokenizer, adapter=False)
 
     def gold(self, x):
         return x.answer
@@ -214,8 +217,24 @@ def test_phases_keep_what_improves_and_emit_what_is_below_one(loaded, given, mon
         "original": {"ifd": 0.5, "r_ifd": 0.9}, "phase_1": {"ifd": 0.6, "r_ifd": 0.9}, "phase_2": {"ifd": 0.7, "r_ifd": 0.8}}
     assert kept["f"]["scores"]["phase_1"] is None and kept["a"]["gold"] == "a is 4"
     text = (given / "reflect" / "note.md").read_text()
-    assert "kept 3 of 6 rows" in text and "Not checked: 1 with a new question" in text
-    assert text.endswith("of the 2 with their own question the judge accepts 1.\n")
+    assert "kept 3 of 6 rows, 50.0 %" in text and "Not checked: 1 with a new question" in text
+    assert "of the 2 with their own question the judge accepts 1.\n\n| score | rows | below 0.25 |" in text
+    assert sum(map(int, re.findall(r"(?<=\| )\d+(?= \|)", text))) == 2 * 6  # every row once for each score
+
+
+def test_histograms_count_the_last_scores_by_outcome():
+    def row(first, second, emitted, *scores):
+        scores = dict(zip(("original", "phase_1", "phase_2"), scores, strict=True))
+        return {"phase_1": first, "phase_2": second, "emitted": emitted, "scores": scores}
+
+    low, high = {"ifd": 0.1, "r_ifd": 0.3}, {"ifd": 1.0, "r_ifd": math.inf}
+    trace = [row("accepted", "accepted", True, high, high, low),
+             row("accepted", "rejected", False, low, high, low),
+             row("rejected", "accepted", False, low, low, high)]
+    assert reflect.histograms(trace).splitlines()[2:] == [
+        "| IFD | trained on | 1 | 0 | 0 | 0 | 0 |", "| IFD | new answer, not selected | 0 | 0 | 0 | 0 | 1 |",
+        "| IFD | no new answer | 0 | 0 | 0 | 0 | 1 |", "| r-IFD | trained on | 0 | 1 | 0 | 0 | 0 |",
+        "| r-IFD | new answer, not selected | 0 | 0 | 0 | 0 | 1 |", "| r-IFD | no new answer | 0 | 0 | 0 | 0 | 1 |"]
 
 
 @pytest.mark.parametrize(("settings", "kept"), [
@@ -310,15 +329,23 @@ def test_another_teacher_writes_and_the_student_scores(loaded, tiny, tmp_path, m
     assert replies[0] == dict(answers.generate(model, tokenizer, [ids], 5))[0].text != replies[1]
     rows = [read_jsonl(tmp_path / name / "reflect" / "reflect.jsonl")[0]["scores"]["original"] for name in ("one", "two")]
     assert rows[0] == rows[1]
+    before = files_in(tmp_path / "one")
+    list(reflect.reflect(D[:1], Base(*loaded, tmp_path / "one"), Settings(str(other))))  # goes on with its replies
+    assert files_in(tmp_path / "one") == before
     with pytest.raises(InputError, match="were made by .*other, not by the base model"):
         list(reflect.reflect(D[:1], Base(*loaded, tmp_path / "one")))
 
 
 def test_a_teacher_with_code_of_its_own_is_trusted_as_the_model_is(loaded, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(reflect, "load_model", lambda *args, **template: asked.append(args))
+
+    def load(name, device, dtype, trust_remote_code, **template):
+        asked.append((name, device, dtype, trust_remote_code))
+        return loaded
+
+    monkeypatch.setattr(answers, "load_model", load)
     for trusted in (False, True):
-        reflect.Teacher(Base(*loaded, tmp_path), Settings("T", trusted)).load()
+        reflect.Teacher(Base(*loaded, tmp_path), Settings("T", trusted)).responder.load()
     assert asked == [("T", "cpu", "float32", False), ("T", "cpu", "float32", True)]
 
 
@@ -329,7 +356,7 @@ def test_a_row_with_tests_keeps_its_question_and_is_judged(loaded, tmp_path, mon
     give(tmp_path, "reflect_instructions.retry", {"b": "nothing"})
     give(tmp_path, "reflect_responses", {"a": "[Better Answer] def f(x): return 1 + x [End]", "b": "[Better Answer] 4 [End]"})
     scripted(monkeypatch, {"def f(x): return 1 + x": (0.9, 0.8), "def g(): pass": (0.95, 0.1)})
-    monkeypatch.setattr(reflect, "judge_answers", lambda model, tokenizer, task, rows, path:
+    monkeypatch.setattr(reflect, "judge_answers", lambda judge, task, rows, path:
                         {x.id: x.tests == tests for x, _ in rows})
     ((x, y, _),) = reflect.reflect([code, D[1]], Base(*loaded, tmp_path))
     assert (x, y) == (code, "def f(x): return 1 + x")

@@ -16,9 +16,11 @@ from results.run_files import (
     read_costs,
     read_drift,
     read_training,
+    stage_of,
     unused_answers,
 )
 from results.table_4 import benchmarks_table, mean_drop, merge_benchmarks
+from results.tables import costs_table, metrics_table
 from support.cli import InputError, exit_cleanly
 from support.files import read_jsonl, write_json, write_jsonl
 
@@ -138,6 +140,41 @@ def test_costs_are_summed_over_calls(tmp_path):
     assert ("judge predictions", "base") in found
 
 
+def test_every_stage_of_a_run_is_among_its_costs(tmp_path):
+    row = {"calls": 2, "tokens": 0, "seconds": 1.5}
+    write_jsonl(tmp_path / "sft" / "costs.jsonl", [row | {"stage": "drift"}, row | {"stage": "drift"}])
+    scored = [row | {"stage": "benchmarks"}, row | {"stage": "ifeval"}]
+    write_jsonl(tmp_path / "sft" / "benchmarks" / "costs.jsonl", scored)
+    training = {"minutes": 2.0, "steps": 5, "tokens": 100, "validation_minutes": 1.0, "loading_minutes": 0.5}
+    found = {(row["stage"], row["model"]): row for row in read_costs(tmp_path, {"sft": training})}
+    seconds = {name: row["seconds"] for name, row in found.items()}
+    assert seconds == {("load", "sft"): 30, ("train", "sft"): 120, ("validate", "sft"): 60, ("drift", "sft"): 3,
+                       ("general benchmarks", "sft"): 3}
+    assert found["validate", "sft"]["calls"] is None and found["drift", "sft"]["calls"] == 4
+    table = costs_table({"config": {"task": "custom", "model": "M"}, "costs": list(found.values())})
+    assert "| validate | sft |  |  | 1.0 | 27.8 |  |" in table and "| 3.6 | 100.0 |" in table
+
+
+@pytest.mark.parametrize(("folder", "stage", "expected"), [
+    (".", "predictions", ("predict", "base")), (".", "paraphrases.judged", ("judge paraphrases", "base")),
+    (".", "few_shot_3", ("few shot 3", "base")), (".", "few_shot_3.judged", ("judge few shot 3", "base")),
+    (".", "reflect_instructions", ("reflect instructions", "base")),
+    ("reflect", "reflect.judged", ("judge reflect", "reflect")),
+    ("base", "general", ("drift", "base")), ("s3ft", "drift", ("drift", "s3ft")),
+    ("base", "test", ("evaluate", "base")), ("base/train_prompt", "test.judged", ("evaluate", "base/train_prompt")),
+    ("base/bigcode", "test", ("evaluate", "base/bigcode")),
+    ("s3ft/benchmarks", "ifeval.256-tokens", ("general benchmarks", "s3ft")),
+    ("judges", "M.judged", ("judge M", "judges")),
+])
+def test_every_file_that_is_made_has_a_stage(folder, stage, expected):
+    assert stage_of(folder, stage) == expected
+
+
+def test_a_metric_that_is_no_number_is_left_out_of_its_table():
+    results = {"models": {"base": {"metrics": {"words": None, "chars": 2.0}}}}
+    assert "| base |  | 2.000 |" in metrics_table(results)
+
+
 def test_processes_that_work_side_by_side_cost_the_time_of_the_slowest(tmp_path):
     """Rank 0 takes 2 + 3 seconds, rank 1 takes 4."""
     row = {"stage": "predictions", "calls": 1, "tokens": 10}
@@ -197,8 +234,10 @@ def test_the_report_shows_a_row_of_each_branch_notes_and_costs(run):
     for row in results["log_probabilities"]["beside_gold"]:
         assert row["response"] == row["gold"]  # these responses are the gold's own text
     report = (run / "report.md").read_text()
-    assert "sft: Nothing was selected." in report and "## What D' costs" in report
-    assert {row["stage"] for row in results["costs"]} >= {"train", "evaluate"}
+    assert "sft: Nothing was selected." in report and "## What D', training and evaluation cost" in report
+    assert {row["stage"] for row in results["costs"]} >= {
+        "load", "train", "validate", "evaluate", "drift", "load to evaluate", "Table 1 and Fig. 2"}
+    assert "| validate | sft |  |  | " in report
 
 
 def test_show_prints_a_row_and_refuses_an_unknown_one(run, capsys):

@@ -11,8 +11,9 @@ import evaluate
 import judges
 import lora
 import s3ft
-from answers import Limits, judge_answers, respond
+from answers import LocalModel, judge_answers, respond
 from data import Example
+from engine.decoding import Limits
 from engine.fingerprint import fingerprint
 from engine.model import load_model
 from support.cli import InputError, exit_cleanly
@@ -57,26 +58,26 @@ def prompts(end: str = "?") -> dict[str, str]:
 
 def test_a_kept_answer_is_used_for_its_own_question_only(loaded, tmp_path):
     path = tmp_path / "predictions.jsonl"
-    first = respond(*loaded, prompts(), path, Limits(6))
+    first = respond(LocalModel(*loaded), prompts(), path, Limits(6))
     before = path.read_bytes()
-    assert respond(*loaded, prompts(), path, Limits(6)) == first and path.read_bytes() == before
+    assert respond(LocalModel(*loaded), prompts(), path, Limits(6)) == first and path.read_bytes() == before
     with pytest.raises(InputError, match="12 of its rows answer another prompt than this run asks about"):
-        respond(*loaded, prompts("!"), path, Limits(6))
+        respond(LocalModel(*loaded), prompts("!"), path, Limits(6))
     with pytest.raises(InputError, match="answer another limits or sampling"):
-        respond(*loaded, prompts(), path, Limits(7))
+        respond(LocalModel(*loaded), prompts(), path, Limits(7))
     assert path.read_bytes() == before
 
 
 def test_answers_of_another_model_are_refused(loaded, tmp_path):
     path = tmp_path / "predictions.jsonl"
     model, tokenizer = loaded
-    respond(model, tokenizer, prompts(), path, Limits(6))
+    respond(LocalModel(model, tokenizer), prompts(), path, Limits(6))
     weight = model.model.layers[0].mlp.up_proj.weight
     before = weight.data.clone()
     weight.data += 0.01
     try:
         with pytest.raises(InputError, match="answer another model"):
-            respond(model, tokenizer, prompts(), path, Limits(6))
+            respond(LocalModel(model, tokenizer), prompts(), path, Limits(6))
     finally:
         weight.data = before
 
@@ -108,12 +109,12 @@ def test_a_verdict_is_made_anew_when_the_judge_or_the_gold_changes(loaded, tmp_p
     path = tmp_path / "judged.jsonl"
     pairs = [(Example("a", "q", "4"), "4"), (Example("b", "q", "5"), "4")]
     task = CUSTOM_TASK.__class__(**(vars(CUSTOM_TASK) | {"judge": "numeric"}))
-    assert judge_answers(*loaded, task, pairs, path) == {"a": True, "b": False}
+    assert judge_answers(LocalModel(*loaded), task, pairs, path) == {"a": True, "b": False}
     changed = [(Example("a", "q", "4"), "4"), (Example("b", "q", "4"), "4")]
-    assert judge_answers(*loaded, task, changed, path) == {"a": True, "b": True}
+    assert judge_answers(LocalModel(*loaded), task, changed, path) == {"a": True, "b": True}
     assert "1 verdicts were on other responses" in capsys.readouterr().err
     monkeypatch.setitem(judges.JUDGES, "numeric", accepts_nothing)
-    assert judge_answers(*loaded, task, changed, path) == {"a": False, "b": False}
+    assert judge_answers(LocalModel(*loaded), task, changed, path) == {"a": False, "b": False}
 
 
 def accepts_nothing(x, response) -> bool:

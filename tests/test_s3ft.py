@@ -28,7 +28,7 @@ from engine.model import load_model
 from examples import reflect
 from judges import leaks
 from support.cli import InputError, exit_cleanly
-from support.files import read_jsonl, write_jsonl
+from support.files import read_json, read_jsonl, write_json, write_jsonl
 from tasks.custom import CUSTOM_TASK
 from train import TrainingSettings
 
@@ -451,6 +451,19 @@ def test_other_settings_on_the_same_folder(command, capsys):
     s3ft.main([*argv, "--method=sft", "--steps=2"])
     assert "was begun with --steps 2, not 3" in refuse([*argv, "--method=sft", "--steps=3"], capsys)
     assert "was begun with --limit 12, not 6" in refuse([*argv, "--method=s3ft", "--limit=6"], capsys)
+
+
+def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(command, capsys):
+    argv, out = command
+    s3ft.main([*argv, "--method=sft", "--steps=1", "--dtype=bfloat16"])
+    s3ft.main([*argv, "--method=sft", "--steps=1", "--name=again"])
+    assert read_json(out / "config.json")["dtype"] == "bfloat16"
+    assert "GiB in bfloat16" in capsys.readouterr().out
+    other = [*argv, "--method=sft", "--steps=1", "--name=other", "--dtype=float32"]
+    assert "was begun with --dtype bfloat16, not float32" in refuse(other, capsys)
+
+    write_json(out / "config.json", read_json(out / "config.json") | {"dtype": "float99"})
+    assert "'dtype' must be float32 or bfloat16" in refuse([*argv, "--method=sft", "--name=other"], capsys)
 
 
 @pytest.mark.parametrize(("content", "message"), [

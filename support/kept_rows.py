@@ -1,0 +1,50 @@
+"""Does a kept row answer what is asked now? Its digest tells: it has a part for each thing that made it."""
+
+import sys
+from collections import Counter
+
+from support import ranks
+from support.cli import InputError
+from support.files import RowFile
+
+PARTS_OF_A_QUESTION = ("prompt", "limits or sampling", "model")  # in the order of a digest
+
+
+def refuse_other_questions(file: RowFile, digests: dict[str, str]) -> None:
+    """InputError: a row is no response, or answers another question.
+
+    Rows without a digest were made elsewhere.
+    """
+    made_elsewhere, changed = 0, Counter()
+    for number, (id, row) in enumerate(file.rows.items(), 1):
+        if not isinstance(id, str) or not isinstance(row.get("response"), str):
+            raise InputError(f"{file.path}, row {number}: needs the text fields 'id' and 'response'")
+        if id not in digests:
+            continue  # a row that this call was not asked about
+        if "digest" not in row:
+            made_elsewhere += 1
+        elif row["digest"] != digests[id]:
+            changed[what_changed(str(row["digest"]), digests[id])] += 1
+
+    if changed:
+        what, n = changed.most_common(1)[0]
+        raise InputError(f"{file.path}: {n} of its rows answer {what} than this run asks about: take another "
+                         "--out, or remove the file to make them anew")
+    if made_elsewhere:
+        note(f"{file.path}: {made_elsewhere} rows were made elsewhere (they carry no digest) and are taken "
+             "as they are")
+
+
+def what_changed(before: str, now: str) -> str:
+    """The parts in which two digests of question_digests differ, in words."""
+    found = []
+    for part, old, new in zip(PARTS_OF_A_QUESTION, before.split("-"), now.split("-"), strict=False):
+        if old != new:
+            found.append(f"another {part}")
+    return " and ".join(found) or "another question"
+
+
+def note(line: str) -> None:
+    """Say something about the run's files, once and not by every process."""
+    if ranks.RANK == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,581 @@
+"""Models behind a server: a real one of transformers serve, and a small one of our own that can fail on purpose."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import answers
+import evaluate
+import s3ft
+from answers import LocalModel, NamedModel, judge_answers, other_model, respond
+from data import Example
+from engine import server
+from engine.decoding import Limits, Sampling
+from engine.model import load_model
+from engine.server import ServedModel, with_name
+from examples import reflect
+from results.audit import audit
+from results.request import read_command_line
+from support.cli import InputError, exit_cleanly
+from support.files import read_json, read_jsonl, write_jsonl
+from tasks.custom import CUSTOM_TASK
+
+ROOT = Path(__file__).parent.parent
+SMOL = ROOT / "models" / "SmolLM2-135M-Instruct"
+KEY = "sk-a-secret-of-the-test"
+
+
+class Server:
+    """An OpenAI-compatible server on loopback. `answer` makes the text of a reply from the user turn."""
+
+    def __init__(self, models=("M",), answer=lambda user: f"You said: {user}"):
+        self.models = list(models)
+        self.answer = answer
+        self.finish_reason = "stop"
+        self.requests = []  # the bodies of all chat requests, in order
+        self.keys = set()  # the keys that came with them
+        self.faults = []  # (status, body) of the next requests, instead of an answer
+        self.delay = 0.0  # seconds before an answer
+        self.dead = False  # closes every connection without an answer
+        self.lock = threading.Lock()
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(self))
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def chat(self, body: dict) -> tuple[int, dict]:
+        with self.lock:
+            self.requests.append(body)
+            fault = self.faults.pop(0) if self.faults else None
+        time.sleep(self.delay)
+        if fault:
+            return fault
+        if body["model"] not in self.models:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        message = {"role": "assistant", "content": self.answer(body["messages"][-1]["content"])}
+        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
+        usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+        return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+                     "choices": [choice], "usage": usage}
+
+
+def handler_of(served: Server):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            found = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in served.models]
+            self.reply(200 if self.path == "/v1/models" else 404, {"object": "list", "data": found})
+
+        def do_POST(self):
+            if served.dead:
+                self.close_connection = True
+                return
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            served.keys.add(self.headers["Authorization"])
+            if self.path == "/v1/chat/completions":
+                self.reply(*served.chat(body))
+            else:
+                self.reply(404, {"detail": "Not Found"})
+
+        def reply(self, status: int, body: dict):
+            content = json.dumps(body).encode()
+            with contextlib.suppress(OSError):  # the client has given up
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    return Handler
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """A server of the model M. A client that meets an error tries once more, at once."""
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(server, "RETRIES", 1)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    one = Server()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return load_model(str(tiny), "cpu")
+
+
+PROMPTS = {f"q{i}": f"What is {i} + {i}?" for i in range(40)}
+QUESTIONS = [{"id": f"q{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+
+
+def ask(url: str, name: str = "M", prompts=PROMPTS, stop=None, sampling=None) -> dict:
+    model = ServedModel(url, name)
+    return dict(model.generate(model.encode(prompts), Limits(6, stop), sampling))
+
+
+# ------------------------------------------------------------------------------ requests and replies
+
+
+def test_every_prompt_is_asked_once_greedily_and_gets_its_own_reply(served):
+    found = ask(served.url)
+    assert {id: y.text for id, y in found.items()} == {id: f"You said: {text}" for id, text in PROMPTS.items()}
+    assert len(served.requests) == 40 and served.keys == {f"Bearer {KEY}"}
+    for body in served.requests:
+        assert body["temperature"] == 0 and body["max_tokens"] == 6
+        assert body.keys() == {"model", "messages", "temperature", "max_tokens"}
+    assert {(y.tokens, y.finished, y.length) for y in found.values()} == {(None, True, 7)}
+
+
+def test_requests_are_sent_side_by_side(served):
+    served.delay = 0.2
+    started = time.monotonic()
+    ask(served.url, prompts=dict(list(PROMPTS.items())[:16]))
+    assert time.monotonic() - started < 16 * 0.2 / 2
+
+
+def test_samples_are_drawn_with_a_seed_of_their_own_that_does_not_depend_on_what_is_there(served):
+    def seeds() -> dict:
+        found = {body["messages"][0]["content"]: body["seed"] for body in served.requests}
+        served.requests.clear()
+        return found
+
+    sampling = Sampling(temperature=0.7, top_p=0.9, seed=3)
+    ask(served.url, sampling=sampling)
+    assert {(body["temperature"], body["top_p"]) for body in served.requests} == {(0.7, 0.9)}
+    whole = seeds()
+    ask(served.url, prompts={"q7": PROMPTS["q7"]}, sampling=sampling)
+    assert seeds().items() <= whole.items() and len(set(whole.values())) == 40
+    ask(served.url, sampling=replace(sampling, seed=4))
+    assert set(seeds().values()).isdisjoint(whole.values())
+
+
+@pytest.mark.parametrize(("reply", "reason", "text", "finished"), [
+    ("a [[DONE]] b [[DONE]]", "stop", "a [[DONE]]", True), ("a [[DONE]] b", "length", "a [[DONE]]", True),
+    ("a", "stop", "a", True), ("a", "length", "a", False), (None, "stop", "", True),
+    ("<think>so [[DONE]]</think>\n\nb", "stop", "b", True), ("<think>so", "length", "", False),
+])
+def test_a_reply_ends_where_a_response_of_our_own_would(served, reply, reason, text, finished):
+    served.answer, served.finish_reason = (lambda user: reply), reason
+    y = ask(served.url, prompts={"a": "x"}, stop="[[DONE]]")["a"]
+    assert (y.text, y.finished) == (text, finished) and "stop" not in served.requests[0]
+
+
+def test_template_settings_travel_with_the_request(served):
+    model = ServedModel.at(f"{served.url}#M", chat_template_kwargs={"enable_thinking": False})
+    model.check()
+    assert served.requests[0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("models", [["only"], ["a", "b"], []])
+def test_the_name_may_be_left_out_where_the_server_has_one_model(served, models):
+    served.models = models
+    if len(models) == 1:
+        assert with_name(served.url) == f"{served.url}#only" == with_name(f"{served.url}#only")
+    else:
+        with pytest.raises(InputError, match="lists (a, b|no model): write http.*#MODEL"):
+            with_name(served.url)
+
+
+@pytest.mark.parametrize("address", [
+    "localhost:8000/v1", "http://", "http://me:secret@h/v1", "https://h/v1?api_key=secret#M", "M", "http:///v1#M",
+    "http://h:port/v1#M", "http://h:99999/v1#M", "http://me:secret@h:port/v1", "http://h:port/v1?key=secret", "http://[::1/v1#M"])
+def test_an_address_that_is_none_or_holds_a_key_is_refused_without_repeating_the_key(address):
+    with pytest.raises(InputError) as error:
+        with_name(address)
+    assert "secret" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------ faults
+
+
+def test_an_error_of_the_server_is_tried_again(served, monkeypatch):
+    monkeypatch.setattr(server, "RETRIES", 3)
+    served.faults = [(500, {"error": "busy"}), (429, {}), (503, {})]
+    assert len(ask(served.url)) == 40 and len(served.requests) == 43
+
+
+@pytest.mark.parametrize(("fault", "line"), [
+    ((401, {"error": {"message": f"bad key {KEY}"}}), r"refuses the key \(401\): set OPENAI_API_KEY"),
+    ((403, {}), r"refuses the key \(403\)"),
+    ((400, {"error": {"message": f"too long, {KEY}"}}), "answers row q0 with 400 .*too long"),
+    ((500, {"error": {"message": KEY}}), "answers row q0 with 500"),
+    ((200, {"hello": "world"}), "not that of an OpenAI-compatible server"),
+    ((200, []), "not that of an OpenAI-compatible server"),
+])
+def test_a_refusal_is_one_line_without_the_key(served, fault, line):
+    served.faults = [fault, fault]
+    with pytest.raises(InputError, match=line) as error:
+        ask(served.url, prompts={"q0": "x"})
+    assert KEY not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_that_the_server_does_not_have_is_named_with_those_that_it_has(served):
+    served.models = ["A", "B"]
+    with pytest.raises(InputError, match="does not exist.*It does not list 'M', but A, B"):
+        ask(served.url)
+
+
+def test_an_address_without_the_route_is_said(served):
+    with pytest.raises(InputError, match=r"404 .*Does the address end in /v1\?"):
+        ask(served.url.removesuffix("/v1"))
+
+
+def test_a_server_that_is_not_there_is_one_line(served):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for call in (lambda url: ask(url), with_name):
+        with pytest.raises(InputError, match="the server cannot be reached .*refused"):
+            call(f"http://127.0.0.1:{port}/v1")
+
+
+def test_a_server_that_is_too_slow_is_one_line(served, monkeypatch):
+    monkeypatch.setattr(server, "TIMEOUT", 0.1)
+    served.delay = 0.5
+    with pytest.raises(InputError, match="no answer to row q0 within 0.1 seconds"):
+        ask(served.url, prompts={"q0": "x"})
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-ü"])
+def test_a_key_that_cannot_be_one_is_refused_without_repeating_it(served, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="OPENAI_API_KEY holds a character that no key has, such as a line break$"):
+        ask(served.url)
+
+
+def test_without_a_key_one_that_means_nothing_is_sent(served, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    ask(served.url)
+    assert served.keys == {"Bearer none"}
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(InputError, match=r"pip install 's3ft\[server\]'"):
+        ask("http://127.0.0.1:1/v1")
+
+
+# ------------------------------------------------------------------------------ kept rows
+
+
+def test_a_server_that_dies_costs_no_row_and_only_missing_ones_are_asked_for_again(served, tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    model = ServedModel(served.url, "M", weights="w")
+
+    def dies_after_ten(user):
+        served.dead = len(served.requests) > 10
+        return "4"
+
+    served.answer = dies_after_ten
+    with pytest.raises(InputError, match="the server cannot be reached"):
+        respond(model, PROMPTS, path, Limits(6))
+    kept = {row["id"] for part in tmp_path.glob("predictions*.jsonl") for row in read_jsonl(part)}
+    assert 0 < len(kept) < 40
+
+    served.dead, served.answer = False, lambda user: "4"
+    served.requests.clear()
+    rows = respond(model, PROMPTS, path, Limits(6))
+    assert len(served.requests) == 40 - len(kept) and list(rows) == list(PROMPTS)
+    assert rows["q0"].keys() == {"id", "response", "finished", "digest"}
+    assert sum(row["tokens"] for row in read_jsonl(tmp_path / "costs.jsonl")) == 40 * 7
+
+    served.requests.clear()
+    moved = replace(model, url="http://127.0.0.1:1/v1")
+    assert respond(moved, PROMPTS, path, Limits(6)) == rows and not served.requests
+    for other in (replace(model, name="N"), replace(model, weights="v")):
+        with pytest.raises(InputError, match="40 of its rows answer another model"):
+            respond(other, PROMPTS, path, Limits(6))
+    with pytest.raises(InputError, match="answer another limits or sampling"):
+        respond(model, PROMPTS, path, Limits(7))
+    with pytest.raises(InputError, match="another prompt"):
+        respond(model, PROMPTS | {"q0": "x"}, path, Limits(6))
+
+
+# ------------------------------------------------------------------------------ runs
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    """(flags of a short run on 8 questions, its folder)"""
+    file = tmp_path / "rows.jsonl"
+    write_jsonl(file, QUESTIONS)
+    files = [f"--{split}-file={file}" for split in ("train", "val", "test")]
+    sizes = ["--max-new-tokens=6", "--steps=1", "--device=cpu"]
+    return ["--task=custom", f"--model={tiny}", f"--out={tmp_path / 'run'}", *files, *sizes], tmp_path / "run"
+
+
+def refuse(main, argv, capsys) -> str:
+    """The one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as end:
+        exit_cleanly(lambda: main(argv))
+    errors = capsys.readouterr().err.strip().split("\n")
+    assert end.value.code == 2 and errors[-1].startswith("error: ") and "Traceback" not in "".join(errors)
+    return errors[-1]
+
+
+def doubled(user: str) -> str:
+    """The right answer to small numbers, a wrong one to others, in the words of this server."""
+    number = int(user.split()[2])
+    return f"Surely {2 * number}." if number < 5 else "Surely -1."
+
+
+def key_is_in_a_file(folder: Path) -> bool:
+    return any(KEY.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_run_trains_on_what_the_server_answered(served, command, capsys):
+    argv, out = command
+    served.answer = doubled
+    argv = [*argv, "--judge=numeric", "--method=ssr"]
+    s3ft.main([*argv, f"--engine={served.url}"])
+    rows = read_jsonl(out / "ssr" / "train.jsonl")
+    assert [row["source"] for row in rows] == ["prediction"] * 5 + ["gold"] * 3
+    assert rows[1]["response"] == "Surely 2." and "tokens" not in rows[1]
+    assert read_json(out / "config.json")["engine"] == f"{served.url}#M"
+    assert f"the responses come from {served.url}#M" in capsys.readouterr().out
+    assert not key_is_in_a_file(out.parent)
+
+def measure_of(out: Path, loaded, *flags: str):
+    """(what evaluate.py asks of a run's models with these flags, the run's task)"""
+    asked = read_command_line([f"--out={out}", "--device=cpu", *flags])
+    config = evaluate.config_of(asked)
+    task, (_, _, rows) = evaluate.task_of(config, "data")
+    return evaluate.Measure(*loaded, task, rows, asked, config), task
+
+
+def test_test_answers_come_from_the_server_where_it_has_the_model(served, command, loaded, capsys):
+    argv, out = command
+    served.answer, served.models = doubled, ["M", "listed"]
+    s3ft.main([*argv, "--judge=numeric", "--method=sft", "--name=listed"])
+    measure, task = measure_of(out, loaded, f"--engine={served.url}#M")
+    for name in ("base", "listed"):
+        assert measure.answers(task.train, out / name, name)["accuracy"] == 5 / 8
+    assert [body["model"] for body in served.requests] == ["M"] * 8 + ["listed"] * 8
+    assert "lists no model" not in capsys.readouterr().err
+    measure.answers(task.train, out / "other", "other")
+    assert "tokens" in read_jsonl(out / "other" / "test.jsonl")[0] and len(served.requests) == 16
+    assert "other: the server lists no model of this name, so the model answers here" in capsys.readouterr().err
+    refused = refuse(evaluate.main, [f"--out={out}", "--engine=M"], capsys)
+    assert "--engine M: not the address of a server" in refused
+
+
+@pytest.mark.parametrize("limit", [6, 20])
+def test_a_server_that_does_not_answer_as_the_model_is_pointed_out(served, loaded, tmp_path, capsys, limit):
+    local = LocalModel(*loaded)
+    limits = Limits(limit)
+    own = {PROMPTS[id]: y.text for id, y in local.generate(local.encode(PROMPTS), limits)}
+    served.answer = lambda user: own[user]
+    model = ServedModel(served.url, "M")
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "same.jsonl", limits)
+    assert len(served.requests) == 1 and capsys.readouterr().err.count("answers") == 0
+    served.answer = lambda user: "Surely."
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "other.jsonl", limits)
+    assert f"row q0: M at {served.url} answers 'Surely.', the model itself" in capsys.readouterr().err
+
+
+def test_the_same_model_may_move_to_another_server_and_no_other_model_may(served, command, capsys):
+    argv, out = command
+    argv = [*argv, "--judge=numeric", "--method=ssr"]
+    s3ft.main([*argv, f"--engine={served.url}#M"])
+    s3ft.main([*argv, "--name=second", "--engine=http://127.0.0.1:1/v1#M"])
+    assert read_json(out / "config.json")["engine"] == "http://127.0.0.1:1/v1#M"
+    for other in ([f"--engine={served.url}#N"], []):
+        assert "was begun with --engine" in refuse(s3ft.main, [*argv, "--name=third", *other], capsys)
+    assert "not the address of a server" in refuse(s3ft.main, [*argv, "--engine=M", f"--out={out}2"], capsys)
+
+
+def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, loaded, capsys):
+    argv, out = command
+    write_jsonl(out / "predictions.jsonl", [{"id": row["id"], "response": "It is 4."} for row in QUESTIONS])
+    served.answer = lambda user: "True" if "2 + 2" in user else "False"
+    argv = [*argv, "--method=ssr"]
+    refused = refuse(s3ft.main, [*argv, "--judge=numeric", f"--judge-model={served.url}"], capsys)
+    assert "--judge-model: the judge of this run is numeric" in refused
+
+    argv.append("--judge=llm")
+    s3ft.main([*argv, f"--judge-model={served.url}"])
+    verdicts = read_jsonl(out / "predictions.judged.jsonl")
+    assert [row["accepted"] for row in verdicts] == [i == 2 for i in range(8)]
+    assert {row["judge"] for row in verdicts} == {"M"}
+    assert {body["max_tokens"] for body in served.requests} == {1, 8}
+    assert read_json(out / "config.json")["judge_model"] == f"{served.url}#M"
+    assert not key_is_in_a_file(out.parent)
+    assert "was begun with --judge-model" in refuse(s3ft.main, [*argv, "--name=second"], capsys)
+
+    measure, task = measure_of(out, loaded)
+    served.answer = lambda user: "True"
+    assert measure.answers(task.train, out / "ssr", "ssr")["accuracy"] == 1  # the run's judge, from config.json
+
+
+def test_a_judge_that_cannot_be_asked_is_known_before_anything_is_made(served, command, capsys, tmp_path):
+    argv, out = command
+    argv = [*argv, "--method=ssr", "--judge=llm"]
+    assert "does not list 'N', but M" in refuse(s3ft.main, [*argv, f"--judge-model={served.url}#N"], capsys)
+    nowhere = f"--judge-model={tmp_path / 'nowhere'}"
+    assert f"--judge-model {tmp_path / 'nowhere'}: cannot" in refuse(s3ft.main, [*argv, nowhere], capsys)
+    assert not (out / "predictions.jsonl").exists()
+
+
+def changed_copy(tiny: Path, folder: Path) -> Path:
+    """Another model: the tiny one with other weights."""
+    model, tokenizer = load_model(str(tiny), "cpu")
+    model.lm_head.weight.data.mul_(-1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_another_local_judge_is_in_memory_only_while_it_is_asked(tiny, tmp_path, monkeypatch):
+    other = changed_copy(tiny, tmp_path / "other")
+    loads, real = [], answers.load_model
+    monkeypatch.setattr(answers, "load_model", lambda *args, **kwargs: loads.append(args) or real(*args, **kwargs))
+    judge = other_model(str(other), "--judge-model", device="cpu")
+    assert isinstance(judge, NamedModel) and not loads
+    task = replace(CUSTOM_TASK, judge="llm")
+    pairs = [(Example("a", "q", "4"), "4")]
+    judge_answers(judge, task, pairs, tmp_path / "a.judged.jsonl")
+    assert loads == [(str(other),)] and judge.local is None
+    (row,) = read_jsonl(tmp_path / "a.judged.jsonl")
+    assert row["judge"] == str(other)
+    judge_answers(judge, task, pairs, tmp_path / "a.judged.jsonl")  # all there: not loaded again
+    assert len(loads) == 1
+
+    own = LocalModel(*real(str(tiny), "cpu"))
+    loaded = LocalModel(*real(str(other), "cpu"))
+    prompts = ["Is it?", "Decision:"]
+    assert answers.replies_of(judge)(prompts) == answers.replies_of(loaded)(prompts) != answers.replies_of(own)(prompts)
+    assert judge.identity() == loaded.identity() != own.identity()
+
+
+def test_two_judges_of_one_run_are_compared_with_each_other_and_with_people(served, command, capsys):
+    argv, out = command
+    # The run's judge (numeric) accepts rows 0 to 3. The other one accepts rows 2 to 6.
+    write_jsonl(out / "predictions.jsonl", [
+        row | {"response": f"It is {row['answer'] if i < 4 else -1}."} for i, row in enumerate(QUESTIONS)])
+    s3ft.main([*argv, "--method=ssr", "--judge=numeric"])
+    served.answer = lambda user: str(any(f"{i} + {i}" in user for i in range(2, 7)))
+    flags = [f"--out={out}", "--device=cpu", f"--compare-judge={served.url}"]
+    evaluate.main(flags)
+    result = read_json(out / "judges" / "M.json")
+    cells = [result[name] for name in ("both_accept", "only_the_runs_accepts", "only_the_other_accepts", "both_reject")]
+    assert cells == [2, 2, 3, 1] and result["n"] == 8 and result["people"] is None
+    assert result["agreement"]["rate"] == 3 / 8 and result["kappa"] == -0.25  # by hand: chance is 1/2
+    assert "agree on 3 of 8" in (out / "judges" / "M.md").read_text()
+
+    # People agree with the other judge on all rows, and so on 3 of the run's verdicts.
+    examples = [Example(row["id"], row["question"], row["answer"]) for row in QUESTIONS]
+    audit(out, examples, 8)
+    lines = (out / "audit.csv").read_text().splitlines()
+    filled = [line + ("yes" if any(f"{i} + {i}" in line for i in range(2, 7)) else "no") for line in lines[1:]]
+    (out / "audit.csv").write_text("\n".join([lines[0], *filled]) + "\n")
+    asked = len(served.requests)
+    evaluate.main(flags)
+    people = read_json(out / "judges" / "M.json")["people"]
+    assert people["M"]["agreement"]["rate"] == people["M"]["kappa"] == 1
+    assert people["the run's judge"]["agreement"] == people["the run's judge"]["agreement"] | {"count": 3, "n": 8}
+    assert len(served.requests) == asked + 1  # all verdicts are there: only the trial of the server
+    assert "| M | 8 of 8" in capsys.readouterr().out
+    assert "stands alone" in refuse(evaluate.main, [*flags, "--audit=5"], capsys)
+
+
+REPLY = """[New Instruction] Which number is it? [End]
+[New Answer] It is the number 4. [End] [Better Answer] It is 4, that is 2 + 2. [End]"""
+
+
+def test_a_teacher_behind_a_server_rewrites(served, command, capsys):
+    argv, out = command
+    served.answer = lambda user: REPLY
+    argv = [*argv, "--judge=numeric", f"--teacher={served.url}", "--max-ifd=1e9", "--max-r-ifd=1e9"]
+    with contextlib.suppress(InputError):  # the tiny model's scores may drop every row
+        reflect.main(argv)
+    instructions = read_jsonl(out / "reflect_instructions.jsonl")
+    assert [row["response"] for row in instructions] == [REPLY] * 8
+    assert read_json(out / "reflect_teacher.json") == {"teacher": "M"}
+    trace = read_jsonl(out / "reflect" / "reflect.jsonl")
+    assert {row["phase_2"] for row in trace} <= {"accepted", "rejected"}
+    assert not key_is_in_a_file(out)
+
+    # The base model is its own teacher, and answers from its server.
+    argv = [flag for flag in argv if not flag.startswith(("--teacher", "--out"))]
+    with contextlib.suppress(InputError):
+        reflect.main([*argv, f"--out={out}-own", f"--engine={served.url}"])
+    path = out.with_name("run-own") / "reflect_instructions.jsonl"
+    assert [row["response"] for row in read_jsonl(path)] == [REPLY] * 8
+
+
+# ------------------------------------------------------------------------------ a real server
+
+
+@pytest.fixture(scope="module")
+def transformers_serve():
+    """transformers serve with SmolLM2 on loopback."""
+    for package in ("openai", "fastapi", "uvicorn"):
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"needs pip install 'transformers[serving]': {package} is not installed")
+    if not SMOL.exists():
+        pytest.skip(f"needs {SMOL.relative_to(ROOT)} (make demo)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(sys.executable).with_name("transformers")
+    argv = [program, "serve", SMOL, "--host", "127.0.0.1", "--port", port, "--device", "cpu", "--dtype", "float32"]
+    process = subprocess.Popen(list(map(str, argv)), env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}/v1#{SMOL}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(url: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "transformers serve ended"
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(0.2)
+    raise AssertionError("transformers serve did not begin to answer")
+
+
+def test_a_real_server_of_the_same_model_answers_as_generate_does(transformers_serve, tmp_path, monkeypatch):
+    """Greedily: one response that ends by itself, one at the limit, and one at a stop string."""
+    monkeypatch.setattr(server, "AT_ONCE", 1)  # side by side, its threads only wait for each other on a small CPU
+    monkeypatch.setattr(server, "RETRIES", 0)
+    own = LocalModel(*load_model(str(SMOL), "cpu", "float32"))
+    served = ServedModel.at(transformers_serve)
+    prompts = {"ends": "Is the sky blue? Answer yes or no.", "is cut off": "Count: 1, 2, 3,"}
+    for limits in (Limits(4), Limits(4, "No")):
+        expected = respond(own, prompts, tmp_path / f"{limits.stop}.own.jsonl", limits)
+        found = respond(served, prompts, tmp_path / f"{limits.stop}.jsonl", limits)
+        for id in prompts:
+            same = ("response", "finished")
+            assert [found[id][name] for name in same] == [expected[id][name] for name in same]
+        assert expected["ends"]["finished"] and not expected["is cut off"]["finished"]
+    with pytest.raises(InputError, match="pinned to"):
+        ask(served.url, "other", prompts={"a": "x"})
