@@ -227,6 +227,7 @@ def collect(study: Study) -> dict:
             model["curve"] = read_jsonl(folder / "log.jsonl")
     for unused in ("examples", "notes", "unused", "costs"):
         results.pop(unused, None)
+    results["config"] = {"model": Path(results["config"]["model"]).name}  # and no paths
 
     results["judges"] = collect_judges(study, test) if study.judges else {}
     results["choices"] = collect_choices(study, test) if study.choices else {}

@@ -79,7 +79,7 @@ def report(results: dict, folder: Path) -> str:
     setting = {
         **results["machine"],
         **settings,
-        "model": Path(results["config"]["model"]).name,
+        "model": results["config"]["model"],
         "articles": ARTICLES,
         "last_seed": settings["seeds"] - 1,
     }
