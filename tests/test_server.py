@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class Server:
         self.requests = []  # the bodies of all chat requests, in order
         self.keys = set()  # the keys that came with them
         self.faults = []  # (status, body) of the next requests, instead of an answer
+        self.list_fault = None  # (status, body) instead of the list of models
         self.delay = 0.0  # seconds before an answer
         self.dead = False  # closes every connection without an answer
         self.lock = threading.Lock()
@@ -82,6 +84,9 @@ def handler_of(served: Server):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
+            if served.list_fault:
+                self.reply(*served.list_fault)
+                return
             found = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in served.models]
             self.reply(200 if self.path == "/v1/models" else 404, {"object": "list", "data": found})
 
@@ -132,6 +137,10 @@ PROMPTS = {f"q{i}": f"What is {i} + {i}?" for i in range(40)}
 QUESTIONS = [{"id": f"q{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
 
 
+def threads_of_requests() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "ask_what_waits" in thread.name]
+
+
 def ask(url: str, name: str = "M", prompts=PROMPTS, stop=None, sampling=None) -> dict:
     model = ServedModel(url, name)
     return dict(model.generate(model.encode(prompts), Limits(6, stop), sampling))
@@ -177,6 +186,8 @@ def test_samples_are_drawn_with_a_seed_of_their_own_that_does_not_depend_on_what
     ("a [[DONE]] b [[DONE]]", "stop", "a [[DONE]]", True), ("a [[DONE]] b", "length", "a [[DONE]]", True),
     ("a", "stop", "a", True), ("a", "length", "a", False), (None, "stop", "", True),
     ("<think>so [[DONE]]</think>\n\nb", "stop", "b", True), ("<think>so", "length", "", False),
+    (" \n a ", "stop", "a ", True), ("a", "content_filter", "a", False), ("a", "abort", "a", False),
+    ("a", None, "a", False), ("a [[DONE]] b", None, "a [[DONE]]", True),
 ])
 def test_a_reply_ends_where_a_response_of_our_own_would(served, reply, reason, text, finished):
     served.answer, served.finish_reason = (lambda user: reply), reason
@@ -254,10 +265,36 @@ def test_a_server_that_is_not_there_is_one_line(served):
 
 
 def test_a_server_that_is_too_slow_is_one_line(served, monkeypatch):
-    monkeypatch.setattr(server, "TIMEOUT", 0.1)
-    served.delay = 0.5
-    with pytest.raises(InputError, match="no answer to row q0 within 0.1 seconds"):
-        ask(served.url, prompts={"q0": "x"})
+    monkeypatch.setattr(server, "TIMEOUT", 0.2)
+    served.delay = 2
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"no answer to row q\d+ in \d\.\d seconds and 2 tries") as error:
+        ask(served.url)
+    passed = time.monotonic() - started
+    said = float(re.search(r"in (.*) seconds", str(error.value))[1])
+    assert 0.4 <= said <= passed + 0.1 and passed < 2  # two timeouts, and the other requests are not waited for
+
+
+def test_requests_under_way_are_not_waited_for_after_an_error_or_ctrl_c(served):
+    served.answer = lambda user: time.sleep(0 if user == PROMPTS["q0"] else 3) or "4"
+    model = ServedModel(served.url, "M")
+    responses = model.generate(model.encode(PROMPTS), Limits(6))
+    assert next(responses)[0] == "q0"
+    started = time.monotonic()
+    responses.close()  # as Ctrl-C does it
+    assert time.monotonic() - started < 2 and len(served.requests) < 40
+    assert threads_of_requests() and all(thread.daemon for thread in threads_of_requests())  # nor at the exit
+
+
+def test_only_a_missing_route_means_that_a_server_lists_no_model(served):
+    model = ServedModel(served.url, "M")
+    assert model.lists("M") and not model.lists("N")
+    assert not replace(model, url=f"{served.url}/elsewhere").lists("M")
+    served.list_fault = 401, {"error": {"message": "no"}}
+    with pytest.raises(InputError, match=r"refuses the key \(401\)"):
+        model.lists("M")
+    with pytest.raises(InputError, match="the server cannot be reached"):
+        replace(model, url="http://127.0.0.1:1/v1").lists("M")
 
 
 @pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-ü"])
@@ -275,7 +312,7 @@ def test_without_a_key_one_that_means_nothing_is_sent(served, monkeypatch):
 
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(InputError, match=r"pip install 's3ft\[server\]'"):
+    with pytest.raises(InputError, match="pip install openai$"):
         ask("http://127.0.0.1:1/v1")
 
 
@@ -293,6 +330,8 @@ def test_a_server_that_dies_costs_no_row_and_only_missing_ones_are_asked_for_aga
     served.answer = dies_after_ten
     with pytest.raises(InputError, match="the server cannot be reached"):
         respond(model, PROMPTS, path, Limits(6))
+    for thread in threads_of_requests():
+        thread.join()
     kept = {row["id"] for part in tmp_path.glob("predictions*.jsonl") for row in read_jsonl(part)}
     assert 0 < len(kept) < 40
 
