@@ -37,10 +37,10 @@ from engine.packed import log_probs
 from engine.server import ServedModel, is_url
 from generate import generate
 from support import numerals, ranks, rouge, sandbox, short_answers
-from support.cli import InputError
+from support.cli import InputError, note
 from support.costs import CostMeter
 from support.files import RowFile, digest
-from support.kept_rows import note, refuse_other_questions
+from support.kept_rows import refuse_other_questions
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Answer:
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of sample()
 FIRST_TOKENS = 16  # of a served response, that are compared with the model's own
+PARTS_OF_A_QUESTION = ("prompt", "limits or sampling", "model")  # of its digest, in this order
 JUDGE_LIMITS = Limits(max_new_tokens=8)  # of the LLM judge: room for True or False
 
 # ------------------------------------------------------------------------------ the base model
@@ -278,7 +279,7 @@ def respond(
     encoded = responder.encode(prompts)
     digests = question_digests(responder, encoded, limits, sampling)
     file = RowFile(path)
-    refuse_other_questions(file, digests)
+    refuse_other_questions(file, digests, PARTS_OF_A_QUESTION)
     ids = file.missing(prompts)
 
     if ids:
@@ -336,7 +337,7 @@ def stream_responses(
 def question_digests(
     responder, encoded: dict, limits: Limits, sampling: Sampling | None
 ) -> dict[str, str]:
-    """id -> what makes the response, as three digests.
+    """id -> what makes the response, as three digests: those of PARTS_OF_A_QUESTION.
 
     They are of the encoded prompt, of limits and sampling, and of the model.
     """

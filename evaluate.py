@@ -58,10 +58,9 @@ from results.table_4 import merge_benchmarks
 from results.training_texts import TrainingTexts, describe
 from results.two_judges import compare_judges, judged_pairs, write_comparison
 from support import ranks, sandbox
-from support.cli import InputError, exit_cleanly
+from support.cli import InputError, exit_cleanly, note
 from support.costs import CostMeter
 from support.files import digest, locked, read_jsonl, write_json
-from support.kept_rows import note
 from tasks import benchmarks, ifeval, mbpp, task_of
 from tasks.benchmarks import Scoring
 
