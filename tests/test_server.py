@@ -23,7 +23,7 @@ import s3ft
 from answers import LocalModel, NamedModel, judge_answers, other_model, respond
 from data import Example
 from engine import server
-from engine.decoding import Limits, Sampling
+from engine.decoding import Limits, Response, Sampling
 from engine.model import load_model
 from engine.server import ServedModel, with_name
 from examples import reflect
@@ -434,6 +434,22 @@ def test_a_server_that_does_not_answer_as_the_model_is_pointed_out(served, loade
     served.answer = lambda user: "Surely."
     answers.check_first_response(model, local, PROMPTS, tmp_path / "other.jsonl", limits)
     assert f"row q0: M at {served.url} answers 'Surely.', the model itself" in capsys.readouterr().err
+
+
+def test_the_first_response_is_compared_without_white_space_at_its_start(served, loaded, tmp_path, capsys, monkeypatch):
+    local, model = LocalModel(*loaded), ServedModel(served.url, "M")
+    monkeypatch.setattr(local, "generate", lambda *_: [("q0", Response(" \n It is", None, False, 3))])
+    served.answer = lambda user: "It is 4."
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "a.jsonl", Limits(6))
+    write_jsonl(tmp_path / "b.jsonl", [{"id": "q0", "response": " It is 4."}])
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "b.jsonl", Limits(6))
+    assert "answers" not in capsys.readouterr().err
+
+
+def test_a_first_response_that_was_made_elsewhere_is_not_compared(served, loaded, tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", [{"id": "q0", "response": "Surely."}])
+    answers.check_first_response(ServedModel(served.url, "M"), LocalModel(*loaded), PROMPTS, tmp_path / "a.jsonl", Limits(6))
+    assert "the model itself" not in capsys.readouterr().err and not served.requests
 
 
 def test_the_same_model_may_move_to_another_server_and_no_other_model_may(served, command, capsys):
