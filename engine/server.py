@@ -44,12 +44,14 @@ def is_url(name: str) -> bool:
 
 
 def served_name(model: str) -> str:
-    """NAME of URL#NAME. "" where it has none."""
-    return model.partition("#")[2]
+    """NAME of URL#NAME. "" where it has none, or is no address."""
+    return model.partition("#")[2] if is_url(model) else ""
 
 
-def with_name(address: str) -> str:
-    """URL#NAME of an address. A server that lists one model only is asked for its name.
+def with_name(address: str, known: str = "") -> str:
+    """URL#NAME of an address that a person gave.
+
+    Where it has no NAME it gets the `known` one, or else a server that lists one model only is asked.
 
     InputError: it is no address, holds a key, or its server lists no model or several.
     """
@@ -69,6 +71,8 @@ def with_name(address: str) -> str:
         return address
 
     url = address.rstrip("#")
+    if known:
+        return f"{url}#{known}"
     try:
         offered = ServedModel(url, name="").offered()
     except InputError as error:
@@ -146,11 +150,11 @@ class ServedModel:
                 if isinstance(response, Exception):
                     raise response
                 yield id, response
+            client.close()  # not below: its connections may be in use there
         finally:  # after an error or Ctrl-C no further request is sent, and none under way is waited for
             with contextlib.suppress(Empty):
                 while True:
                     waiting.get_nowait()
-            client.close()
 
     def check(self) -> None:
         """Ask for one token. InputError: the server cannot answer. It is said before hours are spent."""

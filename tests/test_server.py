@@ -331,7 +331,7 @@ def test_a_server_that_dies_costs_no_row_and_only_missing_ones_are_asked_for_aga
     with pytest.raises(InputError, match="the server cannot be reached"):
         respond(model, PROMPTS, path, Limits(6))
     for thread in threads_of_requests():
-        thread.join()
+        thread.join(10)
     kept = {row["id"] for part in tmp_path.glob("predictions*.jsonl") for row in read_jsonl(part)}
     assert 0 < len(kept) < 40
 
@@ -419,7 +419,7 @@ def test_test_answers_come_from_the_server_where_it_has_the_model(served, comman
     assert "tokens" in read_jsonl(out / "other" / "test.jsonl")[0] and len(served.requests) == 16
     assert "other: the server lists no model of this name, so the model answers here" in capsys.readouterr().err
     refused = refuse(evaluate.main, [f"--out={out}", "--engine=M"], capsys)
-    assert "--engine M: not the address of a server" in refused
+    assert "the address of a server is http://HOST:PORT/v1 or" in refused and refused.endswith(", not M")
 
 
 @pytest.mark.parametrize("limit", [6, 20])
@@ -460,7 +460,25 @@ def test_the_same_model_may_move_to_another_server_and_no_other_model_may(served
     assert read_json(out / "config.json")["engine"] == "http://127.0.0.1:1/v1#M"
     for other in ([f"--engine={served.url}#N"], []):
         assert "was begun with --engine" in refuse(s3ft.main, [*argv, "--name=third", *other], capsys)
-    assert "not the address of a server" in refuse(s3ft.main, [*argv, "--engine=M", f"--out={out}2"], capsys)
+    refused = refuse(s3ft.main, [*argv, "--engine=M", f"--out={out}2"], capsys)
+    assert "the address of a server is http://HOST:PORT/v1 or" in refused and refused.endswith(", not M")
+
+
+def test_a_finished_run_needs_neither_its_server_nor_the_name_again(served, command, capsys):
+    argv, out = command
+    argv = [*argv, "--method=ssr", "--judge=llm", f"--engine={served.url}", f"--judge-model={served.url}"]
+    served.answer = lambda user: "True"
+    s3ft.main(argv)
+
+    served.models = ["M", "ssr"]  # vLLM lists an adapter that it has loaded, too
+    s3ft.main([*argv, "--name=second"])
+    asked = read_command_line([f"--out={out}", "--device=cpu", f"--engine={served.url}"])
+    assert asked.engine == f"{served.url}#M"
+    served.close()
+    s3ft.main(argv)
+    assert "finished already" in capsys.readouterr().out
+    s3ft.main([*argv, "--dry-run"])
+    assert f"the responses come from {served.url}#M" in capsys.readouterr().out
 
 
 def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, loaded, capsys):
@@ -569,6 +587,12 @@ def test_a_teacher_behind_a_server_rewrites(served, command, capsys):
         reflect.main(argv)
     instructions = read_jsonl(out / "reflect_instructions.jsonl")
     assert [row["response"] for row in instructions] == [REPLY] * 8
+    served.list_fault = 500, {}
+    try:
+        reflect.main(argv)  # goes on without the list
+    except InputError as error:
+        assert "the list of models" not in str(error)
+    served.list_fault = None
     assert read_json(out / "reflect_teacher.json") == {"teacher": "M"}
     trace = read_jsonl(out / "reflect" / "reflect.jsonl")
     assert {row["phase_2"] for row in trace} <= {"accepted", "rejected"}
