@@ -379,7 +379,7 @@ def judge_answers(
 
     if todo:
         bar = tqdm(todo, desc=f"{path.parent.name}/{path.stem}", unit="row")
-        named = {"judge": judge.name} if task.judge == "llm" and judge.name else {}
+        named = {"judge": judge.name or "base"} if task.judge == "llm" else {}
         with CostMeter(path) as cost:
             verdicts = judges.judge_all(task.judge, todo, replies_of(judge, cost))
             for (x, _), accepted in zip(bar, verdicts, strict=True):

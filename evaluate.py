@@ -218,6 +218,7 @@ class Measure:
         verdicts = judge_answers(self.judge, self.task, pairs, folder / "test.judged.jsonl")
 
         result = run_files.accuracy_of(verdicts, rows)
+        result["answered_by"] = responder.name  # None: this process
         result["unreadable_verdicts"] = sum(verdict is None for verdict in verdicts.values())
         if any(x.context for x in self.test):
             result["reading"] = reading_scores(pairs)

@@ -40,16 +40,6 @@ class Comparison:
     judge_model: str | None = None  # that the LLM judge asks; None: the base model
 
 
-def others_in_words(shared: dict) -> str:
-    """Which other models a run asks, behind the name of its judge."""
-    words = ""
-    if shared.get("judge_model"):
-        words += f", which asks {shared['judge_model']}"
-    if shared.get("engine"):
-        words += f"; the responses come from {shared['engine']}"
-    return words
-
-
 @dataclass(frozen=True)
 class Machine:
     """Where a run is made. All of this may differ when it goes on."""

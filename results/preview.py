@@ -15,7 +15,8 @@ from data import Example, Splits, Task, prompt
 from engine.chat import chat_ids, training_ids
 from engine.model import context_length, count_weights, load_config, load_tokenizer
 from judges import JUDGES, judge_all
-from results.config import Job, others_in_words
+from results.config import Job
+from results.report import others_in_words
 from support import sandbox
 from support.cli import InputError
 from tasks import task_of

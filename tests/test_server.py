@@ -28,6 +28,7 @@ from engine.model import load_model
 from engine.server import ServedModel, with_name
 from examples import reflect
 from results.audit import audit
+from results.report import answered_by_line
 from results.request import read_command_line
 from support.cli import InputError, exit_cleanly
 from support.files import read_json, read_jsonl, write_jsonl
@@ -395,7 +396,7 @@ def test_a_run_trains_on_what_the_server_answered(served, command, capsys):
     assert [row["source"] for row in rows] == ["prediction"] * 5 + ["gold"] * 3
     assert rows[1]["response"] == "Surely 2." and "tokens" not in rows[1]
     assert read_json(out / "config.json")["engine"] == f"{served.url}#M"
-    assert f"the responses come from {served.url}#M" in capsys.readouterr().out
+    assert f"the training rows' responses come from {served.url}#M" in capsys.readouterr().out
     assert not key_is_in_a_file(out.parent)
 
 def measure_of(out: Path, loaded, *flags: str):
@@ -417,6 +418,11 @@ def test_test_answers_come_from_the_server_where_it_has_the_model(served, comman
     assert "lists no model" not in capsys.readouterr().err
     measure.answers(task.train, out / "other", "other")
     assert "tokens" in read_jsonl(out / "other" / "test.jsonl")[0] and len(served.requests) == 16
+    models = {name: measure.answers(task.train, out / name, name) for name in ("base", "other")}
+    assert [model["answered_by"] for model in models.values()] == ["M", None]
+    (line,) = answered_by_line(models)
+    assert "base M, other here" in line and "different engines are compared" in line
+    assert not answered_by_line({"other": models["other"]})
     assert "other: the server lists no model of this name, so the model answers here" in capsys.readouterr().err
     refused = refuse(evaluate.main, [f"--out={out}", "--engine=M"], capsys)
     assert "the address of a server is http://HOST:PORT/v1 or" in refused and refused.endswith(", not M")
@@ -478,7 +484,7 @@ def test_a_finished_run_needs_neither_its_server_nor_the_name_again(served, comm
     s3ft.main(argv)
     assert "finished already" in capsys.readouterr().out
     s3ft.main([*argv, "--dry-run"])
-    assert f"the responses come from {served.url}#M" in capsys.readouterr().out
+    assert f"the training rows' responses come from {served.url}#M" in capsys.readouterr().out
 
 
 def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, loaded, capsys):
@@ -538,6 +544,10 @@ def test_another_local_judge_is_in_memory_only_while_it_is_asked(tiny, tmp_path,
     assert len(loads) == 1
 
     own = LocalModel(*real(str(tiny), "cpu"))
+    monkeypatch.setattr(own, "generate", lambda encoded, _: [(id, Response("True", None, True, 1)) for id in encoded])
+    judge_answers(own, task, pairs, tmp_path / "b.judged.jsonl")
+    assert read_jsonl(tmp_path / "b.judged.jsonl")[0]["judge"] == "base"
+    monkeypatch.undo()
     loaded = LocalModel(*real(str(other), "cpu"))
     prompts = ["Is it?", "Decision:"]
     assert answers.replies_of(judge)(prompts) == answers.replies_of(loaded)(prompts) != answers.replies_of(own)(prompts)
