@@ -659,12 +659,13 @@ def test_a_real_server_of_the_same_model_answers_as_generate_does(transformers_s
     own = LocalModel(*load_model(str(SMOL), "cpu", "float32"))
     served = ServedModel.at(transformers_serve)
     prompts = {"ends": "Is the sky blue? Answer yes or no.", "is cut off": "Count: 1, 2, 3,"}
-    for limits in (Limits(4), Limits(4, "No")):
-        expected = respond(own, prompts, tmp_path / f"{limits.stop}.own.jsonl", limits)
-        found = respond(served, prompts, tmp_path / f"{limits.stop}.jsonl", limits)
+    for number, limits in enumerate((Limits(4), Limits(4, "No"), Limits(24))):
+        expected = respond(own, prompts, tmp_path / f"{number}.own.jsonl", limits)
+        found = respond(served, prompts, tmp_path / f"{number}.jsonl", limits)
         for id in prompts:
             same = ("response", "finished")
             assert [found[id][name] for name in same] == [expected[id][name] for name in same]
-        assert expected["ends"]["finished"] and not expected["is cut off"]["finished"]
+        assert expected["ends"]["finished"]
+    assert not read_jsonl(tmp_path / "0.jsonl")[1]["finished"] and len(expected["is cut off"]["response"]) > 24
     with pytest.raises(InputError, match="pinned to"):
         ask(served.url, "other", prompts={"a": "x"})
