@@ -37,10 +37,10 @@ from engine.packed import log_probs
 from engine.server import ServedModel, is_url
 from generate import generate
 from support import numerals, ranks, rouge, sandbox, short_answers
-from support.cli import InputError
+from support.cli import InputError, note
 from support.costs import CostMeter
 from support.files import RowFile, digest
-from support.kept_rows import note, refuse_other_questions
+from support.kept_rows import refuse_other_questions
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Answer:
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.95)  # of sample()
 FIRST_TOKENS = 16  # of a served response, that are compared with the model's own
+PARTS_OF_A_QUESTION = ("prompt", "limits or sampling", "model")  # of its digest, in this order
 JUDGE_LIMITS = Limits(max_new_tokens=8)  # of the LLM judge: room for True or False
 
 # ------------------------------------------------------------------------------ the base model
@@ -278,7 +279,7 @@ def respond(
     encoded = responder.encode(prompts)
     digests = question_digests(responder, encoded, limits, sampling)
     file = RowFile(path)
-    refuse_other_questions(file, digests)
+    refuse_other_questions(file, digests, PARTS_OF_A_QUESTION)
     ids = file.missing(prompts)
 
     if ids:
@@ -298,15 +299,18 @@ def check_first_response(
     """Have a server make the first response, and say so where it does not begin as the model's own.
 
     Then the server has other weights, another template or other settings. In bfloat16 it can be a near-tie.
+    White space at the start says nothing, since some servers strip it.
     """
     if served is local:
         return
     first = dict(list(prompts.items())[:1])
     for id, row in respond(served, first, path, limits).items():
+        if "digest" not in row:
+            continue  # made elsewhere, and not by this server
         few = Limits(min(FIRST_TOKENS, limits.max_new_tokens), limits.stop)
         ((_, own),) = local.generate(local.encode(first), few)
-        begins = own.text.rstrip("\ufffd")  # which stands for a part of a character
-        if not row["response"].startswith(begins):
+        begins = own.text.rstrip("\ufffd").lstrip()  # \ufffd stands for a part of a character
+        if not row["response"].lstrip().startswith(begins):
             answered = row["response"][:80]
             note(f"{path}, row {id}: {served.name} at {served.url} answers {answered!r}, the model itself "
                  f"{begins!r}. Has the server the same weights and settings? See docs/scale.md")
@@ -336,7 +340,7 @@ def stream_responses(
 def question_digests(
     responder, encoded: dict, limits: Limits, sampling: Sampling | None
 ) -> dict[str, str]:
-    """id -> what makes the response, as three digests.
+    """id -> what makes the response, as three digests: those of PARTS_OF_A_QUESTION.
 
     They are of the encoded prompt, of limits and sampling, and of the model.
     """
@@ -375,7 +379,7 @@ def judge_answers(
 
     if todo:
         bar = tqdm(todo, desc=f"{path.parent.name}/{path.stem}", unit="row")
-        named = {"judge": judge.name} if task.judge == "llm" and judge.name else {}
+        named = {"judge": judge.name or "base"} if task.judge == "llm" else {}
         with CostMeter(path) as cost:
             verdicts = judges.judge_all(task.judge, todo, replies_of(judge, cost))
             for (x, _), accepted in zip(bar, verdicts, strict=True):

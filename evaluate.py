@@ -51,10 +51,9 @@ from results.table_4 import merge_benchmarks
 from results.training_texts import TrainingTexts, describe
 from results.two_judges import compare_judges, judged_pairs, write_comparison
 from support import ranks, sandbox
-from support.cli import InputError, exit_cleanly
+from support.cli import InputError, exit_cleanly, note
 from support.costs import CostMeter
 from support.files import digest, locked, read_jsonl, write_json
-from support.kept_rows import note
 from tasks import mbpp, task_of
 from tasks.general import GENERATED, Scored, check_extras, drops_of, score_benchmarks
 
@@ -212,6 +211,7 @@ class Measure:
         verdicts = judge_answers(self.judge, self.task, pairs, folder / "test.judged.jsonl")
 
         result = run_files.accuracy_of(verdicts, rows)
+        result["answered_by"] = responder.name  # None: this process
         result["unreadable_verdicts"] = sum(verdict is None for verdict in verdicts.values())
         if any(x.context for x in self.test):
             result["reading"] = reading_scores(pairs)

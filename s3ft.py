@@ -32,6 +32,7 @@ from engine.fingerprint import fingerprint
 from engine.model import load_model, usable_device
 from engine.peft_check import check_saved
 from engine.precision import fastest_dtype
+from engine.server import with_name
 from judges import JUDGES
 from results import config, preview
 from results.config import Comparison, Job, Machine
@@ -259,7 +260,12 @@ def job_of(args) -> Job:
     device = usable_device(args.device)
     dtype = args.dtype
     if dtype == "auto":
-        dtype = config.dtype_begun_with(args.out) or fastest_dtype(device, args.model, args.trust_remote_code)
+        dtype = config.begun_with(args.out, "dtype")
+        dtype = dtype or fastest_dtype(device, args.model, args.trust_remote_code)
+    engine = args.engine
+    if engine is not None:
+        engine = with_name(engine, config.served_name_begun_with(args.out, "engine"))
+    judge_model = config.plain_name(args.judge_model, config.served_name_begun_with(args.out, "judge_model"))
     steps = args.steps or task.steps
     modules = args.target_modules
     brought = config.brought_by_a_person(files, args.prompt_file) if all(files) else []
@@ -268,7 +274,7 @@ def job_of(args) -> Job:
         files=files if all(files) else None, contents=file_digests(brought) or None,
         numpy=args.numpy, keep_unfinished=args.keep_unfinished,
         chat_template_kwargs=args.chat_template_kwargs, date=time.strftime("%Y-%m-%d"),
-        engine=config.plain_name(args.engine), judge_model=config.plain_name(args.judge_model), **custom)
+        engine=engine, judge_model=judge_model, **custom)
     adapter = AdapterSettings(
         args.rank, args.alpha, args.dropout, modules if modules == "all-linear" else modules.split(","))
     training = TrainingSettings(

@@ -4,12 +4,13 @@ A served model is written URL#NAME, such as http://localhost:8000/v1#mistralai/M
 URL alone will do where the server lists one model only.
 
 The key is what the environment variable OPENAI_API_KEY holds. It is sent to the server and written nowhere.
-A request that fails is sent again, up to 4 times, after a pause that grows. The server puts the user turn
+A request that fails is sent again, twice, after a pause that grows. The server puts the user turn
 into the chat template and decodes. Two things it does differently are set right here:
 
 1. Servers cut off the stop string, and do not say whether the response had it. So it is not sent: the
    response is cut here, behind the string, as generate.py does it.
 2. Of a response that thinks first, the thoughts are left out (engine/chat.py), unless the server did that.
+   White space at its start is left out too: some servers strip it and some do not.
 
 Not covered: the tokens of a response. It is trained on as a text. A server also has defaults of its own for
 what is not asked here (a repetition penalty, a system prompt): docs/scale.md has the flags against them.
@@ -17,9 +18,11 @@ what is not asked here (a repetition penalty, a system prompt): docs/scale.md ha
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 from urllib.parse import urlsplit
 
 from engine.chat import without_thoughts
@@ -28,8 +31,9 @@ from support.cli import InputError
 from support.files import digest
 
 AT_ONCE = 16  # requests under way, of each process
-RETRIES = 4  # of a request that timed out or met an error of the server (429, 5xx)
-TIMEOUT = 600  # seconds that one answer may take
+RETRIES = 2  # of a request that timed out or met an error of the server (429, 5xx)
+TIMEOUT = 600  # seconds that one answer may take: 1,024 tokens of a slow server
+CONNECT_TIMEOUT = 10  # seconds that a connection may take
 KEY = "OPENAI_API_KEY"
 SHOWN = 10  # names of models in an error, at most
 
@@ -40,12 +44,14 @@ def is_url(name: str) -> bool:
 
 
 def served_name(model: str) -> str:
-    """NAME of URL#NAME. "" where it has none."""
-    return model.partition("#")[2]
+    """NAME of URL#NAME. "" where it has none, or is no address."""
+    return model.partition("#")[2] if is_url(model) else ""
 
 
-def with_name(address: str) -> str:
-    """URL#NAME of an address. A server that lists one model only is asked for its name.
+def with_name(address: str, known: str = "") -> str:
+    """URL#NAME of an address that a person gave.
+
+    Where it has no NAME it gets the `known` one, or else a server that lists one model only is asked.
 
     InputError: it is no address, holds a key, or its server lists no model or several.
     """
@@ -65,6 +71,8 @@ def with_name(address: str) -> str:
         return address
 
     url = address.rstrip("#")
+    if known:
+        return f"{url}#{known}"
     try:
         offered = ServedModel(url, name="").offered()
     except InputError as error:
@@ -78,6 +86,10 @@ def in_words(names: list[str]) -> str:
     """The names of models, as many as a line holds."""
     more = ", ..." if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more or "no model"
+
+
+class NoSuchRoute(InputError):
+    """The server was reached, and has nothing at the path that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +127,34 @@ class ServedModel:
 
         InputError: the server cannot be reached, refuses the key, has no such model, or fails.
         """
-        pool = ThreadPoolExecutor(AT_ONCE)
-        with self._client() as client:
-            try:
-                requests = {}
-                for id, messages in encoded.items():
-                    requests[pool.submit(self._answer, client, id, messages, limits, sampling)] = id
-                for request in as_completed(requests):
-                    yield requests[request], request.result()
-            finally:
-                pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C no further request is sent
+        waiting, made = SimpleQueue(), SimpleQueue()
+        for row in encoded.items():
+            waiting.put(row)
+        client = self._client()
+
+        def ask_what_waits() -> None:
+            with contextlib.suppress(Empty):
+                while True:
+                    id, messages = waiting.get_nowait()
+                    try:
+                        made.put((id, self._answer(client, id, messages, limits, sampling)))
+                    except Exception as error:  # raised below, in the thread that reads the responses
+                        made.put((id, error))
+
+        # Python waits at its exit for the threads of a pool, but not for these.
+        for _ in range(min(AT_ONCE, len(encoded))):
+            Thread(target=ask_what_waits, daemon=True).start()
+        try:
+            for _ in encoded:
+                id, response = made.get()
+                if isinstance(response, Exception):
+                    raise response
+                yield id, response
+            client.close()  # not below: its connections may be in use there
+        finally:  # after an error or Ctrl-C no further request is sent, and none under way is waited for
+            with contextlib.suppress(Empty):
+                while True:
+                    waiting.get_nowait()
 
     def check(self) -> None:
         """Ask for one token. InputError: the server cannot answer. It is said before hours are spent."""
@@ -138,10 +168,14 @@ class ServedModel:
             return [model.id for model in client.models.list()]
 
     def lists(self, name: str) -> bool:
-        """Does the server list a model of this name?"""
-        with contextlib.suppress(InputError):
+        """Does the server list a model of this name? One without a list does not.
+
+        InputError: it cannot be reached, or refuses the key.
+        """
+        try:
             return name in self.offered()
-        return False
+        except NoSuchRoute:
+            return False
 
     def release(self) -> None:
         """Nothing of it is in this process."""
@@ -161,24 +195,29 @@ class ServedModel:
             return response_of(client.chat.completions.create(**request), limits.stop)
 
     def _client(self):
-        settings = {"base_url": self.url, "max_retries": RETRIES, "timeout": TIMEOUT}
-        return openai_package().OpenAI(api_key=key_of_the_environment() or "none", **settings)
+        openai = openai_package()
+        timeout = openai.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT)
+        key = key_of_the_environment() or "none"
+        return openai.OpenAI(api_key=key, base_url=self.url, max_retries=RETRIES, timeout=timeout)
 
     @contextlib.contextmanager
     def _errors_in_one_line(self, asked: str):
         """Turn whatever a request can raise into an InputError."""
         openai = openai_package()
+        started = time.monotonic()
         try:
             yield
         except openai.APITimeoutError:
-            raise InputError(f"{self.url}: no answer to {asked} within {TIMEOUT} seconds; is the server "
-                             "overloaded? The same command goes on from here") from None
+            seconds = time.monotonic() - started
+            raise InputError(f"{self.url}: no answer to {asked} in {seconds:.1f} seconds and {RETRIES + 1} "
+                             "tries; is the server overloaded? The same command goes on from here") from None
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
             raise InputError(f"{self.url}: the server cannot be reached ({reason}): start it, or mend the "
                              "address. The same command goes on from here") from None
         except openai.APIStatusError as error:
-            raise InputError(f"{self.url}: {self._refusal(error, asked)}") from None
+            kind = NoSuchRoute if error.status_code in (404, 405) else InputError
+            raise kind(f"{self.url}: {self._refusal(error, asked)}") from None
         except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError):
             raise InputError(f"{self.url}: its answer to {asked} is not that of an OpenAI-compatible server; "
                              "does the address end in /v1?") from None
@@ -203,8 +242,8 @@ class ServedModel:
 def response_of(reply, stop: str | None) -> Response:
     """A server's reply as generate.py would give it."""
     choice = reply.choices[0]
-    text = without_thoughts(choice.message.content or "")
-    finished = choice.finish_reason != "length"
+    text = without_thoughts(choice.message.content or "").lstrip()
+    finished = choice.finish_reason == "stop"  # and not cut off by a limit, a filter or an abort
     if stop and stop in text:
         text = text[: text.index(stop) + len(stop)]
         finished = True
@@ -226,6 +265,5 @@ def openai_package():
     try:
         import openai
     except ImportError:
-        raise InputError(
-            "a model behind a server needs the package openai: pip install 's3ft[server]'") from None
+        raise InputError("a model behind a server needs the package openai: pip install openai") from None
     return openai

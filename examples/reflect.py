@@ -415,11 +415,13 @@ def run_command(argv: list[str]) -> None:
         parser.print_help()
     own, rest = parser.parse_known_args(argv)
 
-    teacher = plain_name(own.teacher)
+    path = own.out / own.name / SETTINGS_FILE if own.out else None
+    before = read_json(path) if path and path.exists() else {}
+    teacher = plain_name(own.teacher, known=before.get("teacher") or "")
     settings = Settings(teacher, own.trust_remote_code, own.name, own.max_ifd, own.max_r_ifd, own.top)
     passed_on = ["--method=reflect", f"--name={own.name}"]
     if own.out:
-        refuse_other_settings(own.out / own.name / SETTINGS_FILE, settings)
+        refuse_other_settings(path, before, settings)
         passed_on.append(f"--out={own.out}")
     if own.trust_remote_code:
         passed_on.append("--trust-remote-code")
@@ -427,13 +429,13 @@ def run_command(argv: list[str]) -> None:
     s3ft.main([*passed_on, *rest])
 
 
-def refuse_other_settings(path: Path, settings: Settings) -> None:
-    """InputError: the run that goes on here was begun with another setting. (It may have its D' already.)"""
-    if not path.exists():
-        return
-    before = read_json(path)
+def refuse_other_settings(path: Path, before: dict, settings: Settings) -> None:
+    """InputError: the run that goes on here was begun with another setting. (It may have its D' already.)
+
+    `before` is what `path` says, {} where the run has not begun.
+    """
     for name, value in settings.recorded().items():
-        if before.get(name) != value:
+        if before and before.get(name) != value:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{path.parent} was begun with {flag} {before.get(name)}, not {value}: give the "
                              "same again, or another --name")

@@ -40,16 +40,6 @@ class Comparison:
     judge_model: str | None = None  # that the LLM judge asks; None: the base model
 
 
-def others_in_words(shared: dict) -> str:
-    """Which other models a run asks, behind the name of its judge."""
-    words = ""
-    if shared.get("judge_model"):
-        words += f", which asks {shared['judge_model']}"
-    if shared.get("engine"):
-        words += f"; the responses come from {shared['engine']}"
-    return words
-
-
 @dataclass(frozen=True)
 class Machine:
     """Where a run is made. All of this may differ when it goes on."""
@@ -83,12 +73,15 @@ class Job:
         return {name: value for name, value in settings.items() if name not in ("micro_batch", "bf16")}
 
 
-def plain_name(model: str | None) -> str | None:
-    """The same name for the same model: a folder without a trailing slash, a served one as URL#NAME."""
+def plain_name(model: str | None, known: str = "") -> str | None:
+    """The same name for the same model: a folder without a trailing slash, a served one as URL#NAME.
+
+    `known` is the NAME of a served one, where that is known already.
+    """
     if model is None:
         return None
     if is_url(model):
-        return with_name(model)
+        return with_name(model, known)
     return str(Path(model)) if Path(model).is_dir() else model
 
 
@@ -126,13 +119,21 @@ def continued(job: Job) -> Job:
     return replace(job, shared=shared)
 
 
-def dtype_begun_with(run: Path) -> str | None:
-    """The precision of a run that goes on. None: it has not begun. InputError: its config.json is damaged."""
+def begun_with(run: Path, setting: str) -> str | None:
+    """A setting of a run that goes on. None: it has not begun. InputError: its config.json is damaged."""
     path = run / "config.json"
     if not path.exists():
         return None
     check_config(read_json(path), str(path))
-    return read_settings(path, Comparison)["dtype"]
+    return read_settings(path, Comparison)[setting]
+
+
+def served_name_begun_with(run: Path, setting: str) -> str:
+    """NAME of the served model that a run has as its `engine` or `judge_model`, "" where it has none.
+
+    So a run that goes on does not ask the server for it, which may list more models by now, or be gone.
+    """
+    return served_name(begun_with(run, setting) or "")
 
 
 def read_settings(path: Path, kind: type) -> dict:

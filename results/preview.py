@@ -14,9 +14,9 @@ from answers import Answer
 from data import Example, Splits, Task, prompt
 from engine.chat import chat_ids, training_ids
 from engine.model import context_length, count_weights, load_config, load_tokenizer
-from engine.server import is_url
 from judges import JUDGES, judge_all
-from results.config import Job, others_in_words
+from results.config import Job
+from results.report import others_in_words
 from support import sandbox
 from support.cli import InputError
 from tasks import task_of
@@ -83,8 +83,6 @@ def rehearse(method: Callable, job: Job) -> tuple[Task, Splits, object, Rehearsa
     """
     shared, trusted = job.shared, job.machine.trust_remote_code
     task, splits = task_of(asdict(shared), job.machine.data)
-    if shared.engine and not is_url(shared.engine):
-        raise InputError(f"--engine {shared.engine}: not the address of a server, as http://localhost:8000/v1")
     if shared.judge_model and task.judge != "llm":
         raise InputError(f"--judge-model: the judge of this run is {task.judge}, which asks no model; "
                          "give --judge llm as well, or leave it out")

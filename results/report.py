@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import mean
 
 from results import tables
-from results.config import others_in_words
 from results.figures import draw_curves, draw_log_probabilities, draw_sources
 from results.markdown import markdown_table
 from results.run_files import KINDS
@@ -63,6 +62,28 @@ def heading(results: dict) -> list[str]:
     return [f"# {config['task']}{trained_on}: {config['model']}", ", ".join(facts) + "."]
 
 
+def others_in_words(shared: dict) -> str:
+    """Which other models a run asks, behind the name of its judge."""
+    words = ""
+    if shared.get("judge_model"):
+        words += f", which asks {shared['judge_model']}"
+    if shared.get("engine"):
+        words += f"; the training rows' responses come from {shared['engine']}"
+    return words
+
+
+def answered_by_line(models: dict) -> list[str]:
+    """Who answered the test rows, where a server did for one of the models."""
+    engines = {name: model.get("answered_by") for name, model in models.items()}
+    if not any(engines.values()):
+        return []
+    facts = [f"{name} {engine or 'here'}" for name, engine in engines.items()]
+    line = f"The test rows were answered by these served models, or here: {', '.join(facts)}."
+    if len({engine is None for engine in engines.values()}) > 1:
+        line += " So models that were answered by different engines are compared."
+    return [line]
+
+
 def accuracy_section(results: dict) -> list[str]:
     models = results["models"]
     parts = [
@@ -75,6 +96,7 @@ def accuracy_section(results: dict) -> list[str]:
         f"Length limit hit: {counts(models, 'length_limit_hit')}. "
         f"Unreadable verdicts, counted as not accepted: {counts(models, 'unreadable_verdicts')}.",
     ]
+    parts += answered_by_line(models)
     if len([name for name in models if name.startswith("base")]) > 1:
         parts.append(
             "`base (train prompt)` is the base model under the prompt that trained models get. The paper "

@@ -6,9 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 from engine.model import usable_device
-from engine.server import is_url
+from engine.server import with_name
 from results.checks import check_config
-from results.config import Machine, read_comparison
+from results.config import Machine, read_comparison, served_name_begun_with
 from results.run_files import trained_methods
 from support.cli import InputError, one_line_error, positive_int
 from support.files import file_digests, read_json
@@ -209,11 +209,12 @@ def evaluation_from(args) -> Evaluation:
     if len(given) > 1 or given and others:
         raise InputError(f"{given[0]} stands alone: leave --benchmarks, --task, --test-file, --engine (and "
                          f"{' and '.join(flag for flag in alone if flag != given[0])}) out")
-    if args.engine and not is_url(args.engine):
-        raise InputError(f"--engine {args.engine}: not the address of a server, as http://localhost:8000/v1")
+    engine = args.engine
+    if engine is not None:
+        engine = with_name(engine, served_name_begun_with(args.out, "engine"))
     scoring = scoring_from(args)
     names = tuple(args.benchmarks or ())
     machine = machine_from(args)
     return Evaluation(
         args.out, machine, args.task, args.test_file, names, scoring, args.audit, args.show,
-        args.compare_judge, args.engine)
+        args.compare_judge, engine)

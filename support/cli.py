@@ -1,9 +1,11 @@
-"""What the command lines share: a user's mistake as one line, and the types of flags."""
+"""What the command lines share: a user's mistake as one line, notes, and the types of flags."""
 
 import argparse
 import json
 import math
 import sys
+
+from support import ranks
 
 
 class InputError(ValueError):
@@ -58,6 +60,12 @@ def json_object(text: str) -> dict:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a JSON object such as '{{\"enable_thinking\": false}}'")
     return value
+
+
+def note(line: str) -> None:
+    """Say something that a user should know, once and not by every process."""
+    if ranks.RANK == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def one_line_error(message: str):

@@ -1,18 +1,16 @@
 """Does a kept row answer what is asked now? Its digest tells: it has a part for each thing that made it."""
 
-import sys
 from collections import Counter
+from collections.abc import Sequence
 
-from support import ranks
-from support.cli import InputError
+from support.cli import InputError, note
 from support.files import RowFile
 
-PARTS_OF_A_QUESTION = ("prompt", "limits or sampling", "model")  # in the order of a digest
 
-
-def refuse_other_questions(file: RowFile, digests: dict[str, str]) -> None:
+def refuse_other_questions(file: RowFile, digests: dict[str, str], parts: Sequence[str]) -> None:
     """InputError: a row is no response, or answers another question.
 
+    `digests` are those that rows should have, each of some `parts` with a dash between them.
     Rows without a digest were made elsewhere.
     """
     made_elsewhere, changed = 0, Counter()
@@ -24,7 +22,7 @@ def refuse_other_questions(file: RowFile, digests: dict[str, str]) -> None:
         if "digest" not in row:
             made_elsewhere += 1
         elif row["digest"] != digests[id]:
-            changed[what_changed(str(row["digest"]), digests[id])] += 1
+            changed[what_changed(str(row["digest"]), digests[id], parts)] += 1
 
     if changed:
         what, n = changed.most_common(1)[0]
@@ -35,16 +33,10 @@ def refuse_other_questions(file: RowFile, digests: dict[str, str]) -> None:
              "as they are")
 
 
-def what_changed(before: str, now: str) -> str:
-    """The parts in which two digests of question_digests differ, in words."""
+def what_changed(before: str, now: str, parts: Sequence[str]) -> str:
+    """The `parts` in which two digests differ, in words."""
     found = []
-    for part, old, new in zip(PARTS_OF_A_QUESTION, before.split("-"), now.split("-"), strict=False):
+    for part, old, new in zip(parts, before.split("-"), now.split("-"), strict=False):
         if old != new:
             found.append(f"another {part}")
     return " and ".join(found) or "another question"
-
-
-def note(line: str) -> None:
-    """Say something about the run's files, once and not by every process."""
-    if ranks.RANK == 0:
-        print(line, file=sys.stderr, flush=True)

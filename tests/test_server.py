@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,11 +23,12 @@ import s3ft
 from answers import LocalModel, NamedModel, judge_answers, other_model, respond
 from data import Example
 from engine import server
-from engine.decoding import Limits, Sampling
+from engine.decoding import Limits, Response, Sampling
 from engine.model import load_model
 from engine.server import ServedModel, with_name
 from examples import reflect
 from results.audit import audit
+from results.report import answered_by_line
 from results.request import read_command_line
 from support.cli import InputError, exit_cleanly
 from support.files import read_json, read_jsonl, write_jsonl
@@ -47,6 +49,7 @@ class Server:
         self.requests = []  # the bodies of all chat requests, in order
         self.keys = set()  # the keys that came with them
         self.faults = []  # (status, body) of the next requests, instead of an answer
+        self.list_fault = None  # (status, body) instead of the list of models
         self.delay = 0.0  # seconds before an answer
         self.dead = False  # closes every connection without an answer
         self.lock = threading.Lock()
@@ -82,6 +85,9 @@ def handler_of(served: Server):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
+            if served.list_fault:
+                self.reply(*served.list_fault)
+                return
             found = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in served.models]
             self.reply(200 if self.path == "/v1/models" else 404, {"object": "list", "data": found})
 
@@ -132,6 +138,10 @@ PROMPTS = {f"q{i}": f"What is {i} + {i}?" for i in range(40)}
 QUESTIONS = [{"id": f"q{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
 
 
+def threads_of_requests() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "ask_what_waits" in thread.name]
+
+
 def ask(url: str, name: str = "M", prompts=PROMPTS, stop=None, sampling=None) -> dict:
     model = ServedModel(url, name)
     return dict(model.generate(model.encode(prompts), Limits(6, stop), sampling))
@@ -177,6 +187,8 @@ def test_samples_are_drawn_with_a_seed_of_their_own_that_does_not_depend_on_what
     ("a [[DONE]] b [[DONE]]", "stop", "a [[DONE]]", True), ("a [[DONE]] b", "length", "a [[DONE]]", True),
     ("a", "stop", "a", True), ("a", "length", "a", False), (None, "stop", "", True),
     ("<think>so [[DONE]]</think>\n\nb", "stop", "b", True), ("<think>so", "length", "", False),
+    (" \n a ", "stop", "a ", True), ("a", "content_filter", "a", False), ("a", "abort", "a", False),
+    ("a", None, "a", False), ("a [[DONE]] b", None, "a [[DONE]]", True),
 ])
 def test_a_reply_ends_where_a_response_of_our_own_would(served, reply, reason, text, finished):
     served.answer, served.finish_reason = (lambda user: reply), reason
@@ -254,10 +266,36 @@ def test_a_server_that_is_not_there_is_one_line(served):
 
 
 def test_a_server_that_is_too_slow_is_one_line(served, monkeypatch):
-    monkeypatch.setattr(server, "TIMEOUT", 0.1)
-    served.delay = 0.5
-    with pytest.raises(InputError, match="no answer to row q0 within 0.1 seconds"):
-        ask(served.url, prompts={"q0": "x"})
+    monkeypatch.setattr(server, "TIMEOUT", 0.2)
+    served.delay = 2
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"no answer to row q\d+ in \d\.\d seconds and 2 tries") as error:
+        ask(served.url)
+    passed = time.monotonic() - started
+    said = float(re.search(r"in (.*) seconds", str(error.value))[1])
+    assert 0.4 <= said <= passed + 0.1 and passed < 2  # two timeouts, and the other requests are not waited for
+
+
+def test_requests_under_way_are_not_waited_for_after_an_error_or_ctrl_c(served):
+    served.answer = lambda user: time.sleep(0 if user == PROMPTS["q0"] else 3) or "4"
+    model = ServedModel(served.url, "M")
+    responses = model.generate(model.encode(PROMPTS), Limits(6))
+    assert next(responses)[0] == "q0"
+    started = time.monotonic()
+    responses.close()  # as Ctrl-C does it
+    assert time.monotonic() - started < 2 and len(served.requests) < 40
+    assert threads_of_requests() and all(thread.daemon for thread in threads_of_requests())  # nor at the exit
+
+
+def test_only_a_missing_route_means_that_a_server_lists_no_model(served):
+    model = ServedModel(served.url, "M")
+    assert model.lists("M") and not model.lists("N")
+    assert not replace(model, url=f"{served.url}/elsewhere").lists("M")
+    served.list_fault = 401, {"error": {"message": "no"}}
+    with pytest.raises(InputError, match=r"refuses the key \(401\)"):
+        model.lists("M")
+    with pytest.raises(InputError, match="the server cannot be reached"):
+        replace(model, url="http://127.0.0.1:1/v1").lists("M")
 
 
 @pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-ü"])
@@ -275,7 +313,7 @@ def test_without_a_key_one_that_means_nothing_is_sent(served, monkeypatch):
 
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(InputError, match=r"pip install 's3ft\[server\]'"):
+    with pytest.raises(InputError, match="pip install openai$"):
         ask("http://127.0.0.1:1/v1")
 
 
@@ -293,6 +331,8 @@ def test_a_server_that_dies_costs_no_row_and_only_missing_ones_are_asked_for_aga
     served.answer = dies_after_ten
     with pytest.raises(InputError, match="the server cannot be reached"):
         respond(model, PROMPTS, path, Limits(6))
+    for thread in threads_of_requests():
+        thread.join(10)
     kept = {row["id"] for part in tmp_path.glob("predictions*.jsonl") for row in read_jsonl(part)}
     assert 0 < len(kept) < 40
 
@@ -356,7 +396,7 @@ def test_a_run_trains_on_what_the_server_answered(served, command, capsys):
     assert [row["source"] for row in rows] == ["prediction"] * 5 + ["gold"] * 3
     assert rows[1]["response"] == "Surely 2." and "tokens" not in rows[1]
     assert read_json(out / "config.json")["engine"] == f"{served.url}#M"
-    assert f"the responses come from {served.url}#M" in capsys.readouterr().out
+    assert f"the training rows' responses come from {served.url}#M" in capsys.readouterr().out
     assert not key_is_in_a_file(out.parent)
 
 def measure_of(out: Path, loaded, *flags: str):
@@ -378,9 +418,14 @@ def test_test_answers_come_from_the_server_where_it_has_the_model(served, comman
     assert "lists no model" not in capsys.readouterr().err
     measure.answers(task.train, out / "other", "other")
     assert "tokens" in read_jsonl(out / "other" / "test.jsonl")[0] and len(served.requests) == 16
+    models = {name: measure.answers(task.train, out / name, name) for name in ("base", "other")}
+    assert [model["answered_by"] for model in models.values()] == ["M", None]
+    (line,) = answered_by_line(models)
+    assert "base M, other here" in line and "different engines are compared" in line
+    assert not answered_by_line({"other": models["other"]})
     assert "other: the server lists no model of this name, so the model answers here" in capsys.readouterr().err
     refused = refuse(evaluate.main, [f"--out={out}", "--engine=M"], capsys)
-    assert "--engine M: not the address of a server" in refused
+    assert "the address of a server is http://HOST:PORT/v1 or" in refused and refused.endswith(", not M")
 
 
 @pytest.mark.parametrize("limit", [6, 20])
@@ -397,6 +442,22 @@ def test_a_server_that_does_not_answer_as_the_model_is_pointed_out(served, loade
     assert f"row q0: M at {served.url} answers 'Surely.', the model itself" in capsys.readouterr().err
 
 
+def test_the_first_response_is_compared_without_white_space_at_its_start(served, loaded, tmp_path, capsys, monkeypatch):
+    local, model = LocalModel(*loaded), ServedModel(served.url, "M")
+    monkeypatch.setattr(local, "generate", lambda *_: [("q0", Response(" \n It is", None, False, 3))])
+    served.answer = lambda user: "It is 4."
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "a.jsonl", Limits(6))
+    write_jsonl(tmp_path / "b.jsonl", [{"id": "q0", "response": " It is 4."}])
+    answers.check_first_response(model, local, PROMPTS, tmp_path / "b.jsonl", Limits(6))
+    assert "answers" not in capsys.readouterr().err
+
+
+def test_a_first_response_that_was_made_elsewhere_is_not_compared(served, loaded, tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", [{"id": "q0", "response": "Surely."}])
+    answers.check_first_response(ServedModel(served.url, "M"), LocalModel(*loaded), PROMPTS, tmp_path / "a.jsonl", Limits(6))
+    assert "the model itself" not in capsys.readouterr().err and not served.requests
+
+
 def test_the_same_model_may_move_to_another_server_and_no_other_model_may(served, command, capsys):
     argv, out = command
     argv = [*argv, "--judge=numeric", "--method=ssr"]
@@ -405,7 +466,25 @@ def test_the_same_model_may_move_to_another_server_and_no_other_model_may(served
     assert read_json(out / "config.json")["engine"] == "http://127.0.0.1:1/v1#M"
     for other in ([f"--engine={served.url}#N"], []):
         assert "was begun with --engine" in refuse(s3ft.main, [*argv, "--name=third", *other], capsys)
-    assert "not the address of a server" in refuse(s3ft.main, [*argv, "--engine=M", f"--out={out}2"], capsys)
+    refused = refuse(s3ft.main, [*argv, "--engine=M", f"--out={out}2"], capsys)
+    assert "the address of a server is http://HOST:PORT/v1 or" in refused and refused.endswith(", not M")
+
+
+def test_a_finished_run_needs_neither_its_server_nor_the_name_again(served, command, capsys):
+    argv, out = command
+    argv = [*argv, "--method=ssr", "--judge=llm", f"--engine={served.url}", f"--judge-model={served.url}"]
+    served.answer = lambda user: "True"
+    s3ft.main(argv)
+
+    served.models = ["M", "ssr"]  # vLLM lists an adapter that it has loaded, too
+    s3ft.main([*argv, "--name=second"])
+    asked = read_command_line([f"--out={out}", "--device=cpu", f"--engine={served.url}"])
+    assert asked.engine == f"{served.url}#M"
+    served.close()
+    s3ft.main(argv)
+    assert "finished already" in capsys.readouterr().out
+    s3ft.main([*argv, "--dry-run"])
+    assert f"the training rows' responses come from {served.url}#M" in capsys.readouterr().out
 
 
 def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, loaded, capsys):
@@ -465,6 +544,10 @@ def test_another_local_judge_is_in_memory_only_while_it_is_asked(tiny, tmp_path,
     assert len(loads) == 1
 
     own = LocalModel(*real(str(tiny), "cpu"))
+    monkeypatch.setattr(own, "generate", lambda encoded, _: [(id, Response("True", None, True, 1)) for id in encoded])
+    judge_answers(own, task, pairs, tmp_path / "b.judged.jsonl")
+    assert read_jsonl(tmp_path / "b.judged.jsonl")[0]["judge"] == "base"
+    monkeypatch.undo()
     loaded = LocalModel(*real(str(other), "cpu"))
     prompts = ["Is it?", "Decision:"]
     assert answers.replies_of(judge)(prompts) == answers.replies_of(loaded)(prompts) != answers.replies_of(own)(prompts)
@@ -514,6 +597,12 @@ def test_a_teacher_behind_a_server_rewrites(served, command, capsys):
         reflect.main(argv)
     instructions = read_jsonl(out / "reflect_instructions.jsonl")
     assert [row["response"] for row in instructions] == [REPLY] * 8
+    served.list_fault = 500, {}
+    try:
+        reflect.main(argv)  # goes on without the list
+    except InputError as error:
+        assert "the list of models" not in str(error)
+    served.list_fault = None
     assert read_json(out / "reflect_teacher.json") == {"teacher": "M"}
     trace = read_jsonl(out / "reflect" / "reflect.jsonl")
     assert {row["phase_2"] for row in trace} <= {"accepted", "rejected"}
@@ -570,12 +659,13 @@ def test_a_real_server_of_the_same_model_answers_as_generate_does(transformers_s
     own = LocalModel(*load_model(str(SMOL), "cpu", "float32"))
     served = ServedModel.at(transformers_serve)
     prompts = {"ends": "Is the sky blue? Answer yes or no.", "is cut off": "Count: 1, 2, 3,"}
-    for limits in (Limits(4), Limits(4, "No")):
-        expected = respond(own, prompts, tmp_path / f"{limits.stop}.own.jsonl", limits)
-        found = respond(served, prompts, tmp_path / f"{limits.stop}.jsonl", limits)
+    for number, limits in enumerate((Limits(4), Limits(4, "No"), Limits(24))):
+        expected = respond(own, prompts, tmp_path / f"{number}.own.jsonl", limits)
+        found = respond(served, prompts, tmp_path / f"{number}.jsonl", limits)
         for id in prompts:
             same = ("response", "finished")
             assert [found[id][name] for name in same] == [expected[id][name] for name in same]
-        assert expected["ends"]["finished"] and not expected["is cut off"]["finished"]
+        assert expected["ends"]["finished"]
+    assert not read_jsonl(tmp_path / "0.jsonl")[1]["finished"] and len(expected["is cut off"]["response"]) > 24
     with pytest.raises(InputError, match="pinned to"):
         ask(served.url, "other", prompts={"a": "x"})
