@@ -19,7 +19,7 @@ Skip the table on first reading. It says, row by row, what the pattern below it 
     -18   −18   ‐18   ‑18   ‒18   –18   (-18) -18             a minus is any of these, and touches its number
     -$18   $-18   -€ 18   -₩18   -US$18       -18             or the number's currency,
     5-18   day-18   ) -18                     18, 18, -18     and nothing that it could subtract from,
-    10%-18%   5°-18°   20€-18€   $20$-$18$    18              a sign that ends a number among them;
+    10%-18%   5°-18°   20€-18€   $20$-$18$    18              a sign that ends a number among them,
     - 18   10 - 18   —18                      18              a bullet, a subtraction, a dash is no sign
     1.8e1   1E3                               18, 1000        an exponent of up to three digits
     ３   १८                                    3, 18           the decimal digits of any script
