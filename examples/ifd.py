@@ -23,6 +23,7 @@ from data import Example, fill
 from engine.chat import chat_ids
 from engine.model import context_length, load_model
 from engine.packed import Row, token_log_probs
+from results.markdown import markdown_table
 from support.cli import InputError, one_line_error
 from support.files import read_jsonl, write_jsonl
 
@@ -144,3 +145,51 @@ def score_command(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="(bfloat16 on cuda, else float32)")
     args = parser.parse_args(argv)
     score_file(args.score, args.model, args.out, args.device, args.dtype)
+
+
+# --------------------------------------------------------------------------------------- histograms
+
+BINS = {  # of a histogram: what its scores are below, and its name
+    0.25: "below 0.25",
+    0.5: "0.25 to 0.5",
+    0.75: "0.5 to 0.75",
+    1.0: "0.75 to 1",
+    math.inf: "1 and more",
+}
+
+
+def histograms(trace: list[dict]) -> str:
+    """How many rows have an IFD and an r-IFD of each size, by what became of them, as a table.
+
+    The scores are of the row's last question and answer.
+    """
+    outcomes = {
+        "trained on": [row for row in trace if row["emitted"]],
+        "new answer, not selected": [
+            row for row in trace if row["phase_2"] == "accepted" and not row["emitted"]],
+        "no new answer": [row for row in trace if row["phase_2"] != "accepted"],
+    }
+    rows = []
+    for score_name, label in (("ifd", "IFD"), ("r_ifd", "r-IFD")):
+        for outcome, members in outcomes.items():
+            counts = [0] * len(BINS)
+            for row in members:
+                counts[bin_of(last_scores(row)[score_name])] += 1
+            rows.append([label, outcome, *map(str, counts)])
+    return markdown_table(["score", "rows", *BINS.values()], rows)
+
+
+def last_scores(row: dict) -> dict[str, float]:
+    """The scores of what a row ended as."""
+    for phase in ("phase_2", "phase_1"):
+        if row[phase] == "accepted":
+            return row["scores"][phase]
+    return row["scores"]["original"]
+
+
+def bin_of(value: float) -> int:
+    """The number of the histogram's column in which a score falls. An infinite one falls in the last."""
+    for number, upper in enumerate(BINS):
+        if value < upper:
+            return number
+    return len(BINS) - 1

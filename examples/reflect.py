@@ -39,7 +39,6 @@ Where we deviate from the authors' code, or they are silent:
 
 import argparse
 import functools
-import math
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -50,20 +49,12 @@ from answers import judge_answers, other_model, respond
 from data import Example, fill, prompt
 from engine.decoding import Limits
 from engine.server import served_name
-from examples.ifd import ScoredPair, Scores, as_instruction, score, score_all, score_command
+from examples.ifd import ScoredPair, Scores, as_instruction, histograms, score, score_all, score_command
 from results.config import plain_name
-from results.markdown import markdown_table
 from support.cli import InputError, exit_cleanly, one_line_error, positive_float, positive_int
 from support.files import read_json, write_json, write_jsonl, write_text
 
 Pairs = dict[str, tuple[Example, str]]  # id -> (x, y)
-BINS = {  # of a histogram: what its scores are below, and its name
-    0.25: "below 0.25",
-    0.5: "0.25 to 0.5",
-    0.75: "0.5 to 0.75",
-    1.0: "0.75 to 1",
-    math.inf: "1 and more",
-}
 
 
 @dataclass(frozen=True)
@@ -216,43 +207,6 @@ def note(trace: list[dict]) -> str:
         f"Checked, without effect: of the {len(old_question)} with their own question the judge accepts "
         f"{right}."
     )
-
-
-def histograms(trace: list[dict]) -> str:
-    """How many rows have an IFD and an r-IFD of each size, by what became of them, as a table.
-
-    The scores are of the row's last question and answer.
-    """
-    outcomes = {
-        "trained on": [row for row in trace if row["emitted"]],
-        "new answer, not selected": [
-            row for row in trace if row["phase_2"] == "accepted" and not row["emitted"]],
-        "no new answer": [row for row in trace if row["phase_2"] != "accepted"],
-    }
-    rows = []
-    for score_name, label in (("ifd", "IFD"), ("r_ifd", "r-IFD")):
-        for outcome, members in outcomes.items():
-            counts = [0] * len(BINS)
-            for row in members:
-                counts[bin_of(last_scores(row)[score_name])] += 1
-            rows.append([label, outcome, *map(str, counts)])
-    return markdown_table(["score", "rows", *BINS.values()], rows)
-
-
-def last_scores(row: dict) -> dict[str, float]:
-    """The scores of what a row ended as."""
-    for phase in ("phase_2", "phase_1"):
-        if row[phase] == "accepted":
-            return row["scores"][phase]
-    return row["scores"]["original"]
-
-
-def bin_of(value: float) -> int:
-    """The number of the histogram's column in which a score falls. An infinite one falls in the last."""
-    for number, upper in enumerate(BINS):
-        if value < upper:
-            return number
-    return len(BINS) - 1
 
 
 # --------------------------------------------------------------------------------------- the teacher
