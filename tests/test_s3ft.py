@@ -3,10 +3,10 @@
 import contextlib
 import copy
 import itertools
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -291,20 +291,27 @@ def stamps(folder: Path) -> set:
     return found
 
 
-def start(argv) -> subprocess.Popen:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "s3ft.py", *argv], cwd=ROOT, env=env, preexec_fn=heed_ctrl_c,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def start(argv, errors: Path) -> multiprocessing.Process:
+    """A run in a process of its own. It is forked: importing torch anew takes longer than all that is tested."""
+    process = multiprocessing.get_context("fork").Process(target=run_alone, args=(argv, errors))
+    process.start()
+    return process
 
 
-def heed_ctrl_c():
-    """A shell starts what it puts in the background, these tests perhaps, deaf to Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def run_alone(argv, errors: Path) -> None:
+    """What `python s3ft.py` does. A shell starts what it puts in the background deaf to Ctrl-C: it is heeded here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        exit_cleanly(lambda: s3ft.main(argv))
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_files(command):
     """20 seeded moments, mostly SIGKILL, also SIGTERM and Ctrl-C; the reference run is never disturbed."""
     argv, out = command
+    errors = out.with_name("errors.txt")
     argv = [*argv, "--method=s3ft", "--steps=400", "--eval-every=3"]
     s3ft.main(argv)
     expected = snapshot(out)
@@ -314,18 +321,19 @@ def test_a_run_killed_again_and_again_ends_with_the_same_files(command):
     kinds = [signal.SIGKILL] * 16 + [signal.SIGTERM] * 2 + [signal.SIGINT] * 2
     signals = itertools.chain(rng.sample(kinds, len(kinds)), itertools.repeat(None))
     for end in signals:
-        process = start(argv)
+        before = stamps(out)
+        process = start(argv, errors)
         if end is None:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors.decode()
+            process.join(timeout=300)
+            assert process.exitcode == 0, errors.read_text()
             break
-        before, deadline = stamps(out), time.monotonic() + 120
-        while stamps(out) == before and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)  # until it is at work: the imports take longer than the rest
+        deadline = time.monotonic() + 120
+        while stamps(out) == before and time.monotonic() < deadline and process.is_alive():
+            time.sleep(0.01)  # until it is at work
         time.sleep(rng.uniform(0, 0.5))
-        process.send_signal(end)
-        process.communicate(timeout=60)
-        assert process.returncode in (-end, 130), "the run had ended before the signal came: make it longer"
+        os.kill(process.pid, end)
+        process.join(timeout=60)
+        assert process.exitcode in (-end, 130), "the run had ended before the signal came: make it longer"
     assert snapshot(out) == expected
 
 
