@@ -59,6 +59,7 @@ class Study:
     lr: float
     documents: int  # of IFEval
     methods: list[str]
+    equal_steps: bool  # SFT and S3FT after the last step, too
     judges: bool  # S3FT with other selecting judges, too
     choices: bool  # S3FT with other settings, too
 
@@ -136,10 +137,22 @@ def run_all(study: Study) -> None:
     score_human_text(study.out, study.model, study.data)
 
     # 3. What it hangs on.
+    if study.equal_steps:
+        run_equal_steps(study)
     if study.judges:
         run_judges(study)
     if study.choices:
         run_choices(study)
+
+
+def run_equal_steps(study: Study) -> None:
+    """SFT and S3FT validated after the last step only, so that it is the last one's adapter that is kept."""
+    folder = with_base_responses(study, "last-step")
+    for method in ("sft", "s3ft"):
+        for seed in range(study.seeds):
+            flags = [f"--seed={seed}", f"--eval-every={study.steps}"]
+            train(study, folder, method, f"{method}-{seed}", flags)
+    score_human_text(folder, study.model, study.data)
 
 
 def run_judges(study: Study) -> None:
@@ -229,6 +242,7 @@ def collect(study: Study) -> dict:
         results.pop(unused, None)
     results["config"] = {"model": Path(results["config"]["model"]).name}  # and no paths
 
+    results["last_step"] = collect_last_step(study) if study.equal_steps else {}
     results["judges"] = collect_judges(study, test) if study.judges else {}
     results["choices"] = collect_choices(study, test) if study.choices else {}
     return results
@@ -271,6 +285,15 @@ def ifeval_grades(study: Study, folder: Path) -> dict[str, list[float]]:
     for row in ifeval.rows(study.data, study.documents, sampled=True):
         grades.append(ifeval.grade(checkers, row, responses[str(row["key"])]))
     return {metric: ifeval.values_by_prompt(grades, metric) for metric in ifeval.METRICS}
+
+
+def collect_last_step(study: Study) -> dict:
+    """What human text costs the base model, and SFT and S3FT after the last step."""
+    folder = study.out.with_name(f"{study.out.name}-last-step")
+    found = {}
+    for name, scored in read_json(folder / "human_text.json").items():
+        found[name] = {"human_text": scored["nats_a_token"]}
+    return found
 
 
 def collect_judges(study: Study, test: list[Example]) -> dict:
@@ -338,6 +361,7 @@ def parse() -> argparse.Namespace:
     add("--test", type=int, default=400, help="rows (%(default)s)")
     add("--documents", type=int, default=100,
         help="of IFEval (%(default)s); of the others twice as many, of each MMLU subject a 100th")
+    add("--equal-steps", action="store_true", help="also SFT and S3FT after the last step, all seeds")
     add("--judges", action="store_true", help="also S3FT with other selecting judges, one seed")
     add("--choices", action="store_true", help="also S3FT with other settings, one seed")
     return parser.parse_args()
@@ -358,6 +382,7 @@ def main() -> None:
             lr=args.lr,
             documents=args.documents,
             methods=args.methods.split(","),
+            equal_steps=args.equal_steps,
             judges=args.judges,
             choices=args.choices,
         )
@@ -366,7 +391,7 @@ def main() -> None:
         write_json(kept, collect(study))
 
     results = read_json(kept)
-    methods = seeds_of(results)
+    methods = seeds_of(results["models"])
     draw_trade_off(methods, kept.parent / "trade-off.svg")
     draw_curves(methods, kept.parent / "curves.svg")
     write_text(args.docs / "study.md", report(results, kept.parent))

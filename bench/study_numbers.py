@@ -8,10 +8,10 @@ from tasks.benchmarks import BENCHMARKS, paired_interval
 METHODS = ["sft", "s3ft", "sdft", "ssr", "rft", "tries"]
 
 
-def seeds_of(results: dict) -> dict[str, list[dict]]:
-    """method -> its models, one a seed."""
+def seeds_of(models: dict[str, dict]) -> dict[str, list[dict]]:
+    """method -> its models, one a seed. `models` has them by name: base, sft-0, sft-1, ..."""
     found = {name: [] for name in ("base", *METHODS)}
-    for name, model in results["models"].items():
+    for name, model in models.items():
         method = name.rpartition("-")[0] or name
         found[method].append(model)
     return {name: models for name, models in found.items() if models}

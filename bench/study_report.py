@@ -61,6 +61,9 @@ PRIMARY = """\
 The negative log-likelihood of texts that people wrote and that no method was trained on: 100 solutions of
 GSM8K, each after its question, paired against the base model. Positive differences are forgetting. MBPP's
 programs stand beside them."""
+EQUAL_STEPS = """\
+The kept checkpoints differ in their steps, and fewer steps may forget less by themselves. The same models
+after the last step, whichever validation would have kept:"""
 OPTIONS = """\
 log p of the right option among the options (softmax over their log-likelihoods), for each document of the
 four benchmarks of Table 4, paired against the base model. A benchmark's drop is the mean over its documents,
@@ -77,7 +80,7 @@ strict."""
 def report(results: dict, folder: Path) -> str:
     """The text of study.md. Fig. 2 is drawn into `folder`."""
     # 1. One page: what was claimed, and what was found.
-    methods, settings = seeds_of(results), results["settings"]
+    methods, settings = seeds_of(results["models"]), results["settings"]
     setting = {
         **results["machine"],
         **settings,
@@ -85,8 +88,9 @@ def report(results: dict, folder: Path) -> str:
         "articles": ARTICLES,
         "last_seed": settings["seeds"] - 1,
     }
-    parts = ["# Study: does S3FT forget less?", *still_to_run(methods, settings["seeds"])]
-    parts += first_page(methods)
+    parts = ["# Study: does S3FT forget less?", *still_to_run(methods)]
+    last_step = seeds_of(results["last_step"])
+    parts += first_page(methods, last_step)
     parts += ["![forgetting against accuracy](study/trade-off.svg)", TRADE_OFF]
     parts += ["## What was done", SETTING.format(**setting), kept_checkpoints(methods), INTERVALS]
 
@@ -94,6 +98,8 @@ def report(results: dict, folder: Path) -> str:
     base = methods["base"][0]
     sizes = ", ".join(f"{name} {len(values)}" for name, values in base["documents"].items())
     parts += ["## Forgetting: the primary measure", PRIMARY, primary_table(methods)]
+    if last_step:
+        parts += [EQUAL_STEPS, equal_steps_table(last_step)]
     parts += ["## Forgetting: log p of the right option", OPTIONS, log_p_table(methods)]
     parts += ["## Forgetting: following instructions (IFEval)", IFEVAL, ifeval_table(methods)]
     parts += [
@@ -123,7 +129,7 @@ def report(results: dict, folder: Path) -> str:
 # --------------------------------------------------------------------------------------- the first page
 
 
-def first_page(methods: dict) -> list[str]:
+def first_page(methods: dict, last_step: dict) -> list[str]:
     """What was claimed and what was found, in six sentences."""
     base, sft, s3ft = methods["base"], methods["sft"], methods["s3ft"]
     lost = lost_on_human_text(sft, base)
@@ -134,6 +140,9 @@ def first_page(methods: dict) -> list[str]:
         f"{nats_with_interval(*lost)} nats a token and S3FT {nats_with_interval(*kept)}: S3FT loses "
         f"{nats_with_interval(*gain)} nats less, and the claim that it forgets less "
         f"{answer_of(gain, lost[0])}.")
+    if last_step:
+        equal = lost_on_human_text(last_step["sft"], last_step["s3ft"])
+        found += f" After equally many steps it loses {nats_with_interval(*equal)} less."
     instructions = (
         f"On IFEval SFT loses {difference(ifeval_of(base), ifeval_of(sft))} points, S3FT "
         f"{difference(ifeval_of(base), ifeval_of(s3ft))}.")
@@ -175,15 +184,19 @@ def measures_beside_it(base: list[dict], sft: list[dict], s3ft: list[dict]) -> s
     return f"The measures beside it say: {'; '.join(parts)}."
 
 
-def still_to_run(methods: dict, seeds: int) -> list[str]:
+def still_to_run(methods: dict) -> list[str]:
     """A line about what the protocol names and nobody has run yet."""
-    missing = [name for name in METHODS if name not in methods]
-    if not missing and seeds >= SEEDS:
+    missing = []
+    for name in METHODS:
+        seeds = len(methods.get(name, []))
+        if seeds < SEEDS:
+            missing.append(f"{name} {seeds}")
+    if not missing:
         return []
-    parts = [f"{seeds} of {SEEDS} seeds"] if seeds < SEEDS else []
-    if missing:
-        parts.append(f"without {', '.join(missing)}")
-    return [f"**In progress: {', '.join(parts)}.** `make study` goes on where it stopped."]
+    return [
+        f"**In progress: of {SEEDS} seeds {', '.join(missing)} are there.** "
+        "`make study` goes on where it stopped."
+    ]
 
 
 def kept_checkpoints(methods: dict) -> str:
@@ -225,6 +238,21 @@ def primary_table(methods: dict) -> str:
         row.append(nats_difference(human_text_of(models, "mbpp"), human_text_of(base, "mbpp")))
         rows.append(row)
     return markdown_table(["method", "GSM8K: loss", "each seed", "against SFT's", "MBPP: loss"], rows)
+
+
+def equal_steps_table(methods: dict) -> str:
+    """The primary measure of SFT and S3FT after as many steps, in nats a token."""
+    base = methods["base"]
+    rows = []
+    for name in ("sft", "s3ft"):
+        models = methods[name]
+        each_seed = [lost_on_human_text([model], base)[0] for model in models]
+        against_sft = nats_with_interval(*lost_on_human_text(models, methods["sft"]))
+        row = [name, nats_with_interval(*lost_on_human_text(models, base))]
+        row.append(", ".join(f"{value:+.3f}" for value in each_seed))
+        row.append("" if name == "sft" else against_sft)
+        rows.append(row)
+    return markdown_table(["after the last step", "GSM8K: loss", "each seed", "against SFT's"], rows)
 
 
 def log_p_table(methods: dict) -> str:

@@ -89,6 +89,23 @@ def test_the_primary_measure_is_paired_by_text():
     assert "| sft | +0.200 (+0.004 to +0.396) * | +0.200 |  | +0.000 (+0.000 to +0.000) |" in table
 
 
+def test_equal_steps_are_compared_with_each_other():
+    """After the last step SFT has lost 0.1 and 0.3 nats on two golds, S3FT 0.1 on both."""
+    models = {"base": {"human_text": {"gsm8k": [1.0, 1.0]}},
+              "sft-0": {"human_text": {"gsm8k": [1.1, 1.3]}},
+              "s3ft-0": {"human_text": {"gsm8k": [1.1, 1.1]}}}
+    lines = study_report.equal_steps_table(study_numbers.seeds_of(models)).splitlines()
+    assert lines[2] == "| sft | +0.200 (+0.004 to +0.396) * | +0.200 |  |"
+    assert lines[3] == "| s3ft | +0.100 (+0.100 to +0.100) * | +0.100 | -0.100 (-0.296 to +0.096) |"
+
+
+def test_what_is_still_to_run_is_said_by_method():
+    whole = dict.fromkeys(study_numbers.METHODS, [{}] * study_report.SEEDS)
+    assert study_report.still_to_run(whole) == []
+    [line] = study_report.still_to_run({**whole, "ssr": [{}], "tries": []})
+    assert "of 3 seeds ssr 1, tries 0 are there" in line
+
+
 @pytest.mark.skipif(not (DOCS / "study.md").exists(), reason="the study has not been run yet")
 def test_the_report_holds_only_what_its_results_hold(tmp_path):
     results = json.loads((DOCS / "study" / "results.json").read_text())
