@@ -27,7 +27,7 @@ help:
 	@echo "make tables  the runs of gsm8k, mbpp and nq in one page: Tables 2 to 4"
 	@echo "make gpu-smoke   before make gsm8k: every stage and method with a small model, 5 minutes"
 	@echo "make bench, bench-eval, bench-judge, bench-memory, bench-gpu   speed and memory beside what others use"
-	@echo "make sweep   40 and more kinds of model: which ways work on each"
+	@echo "make sweep   the causal models of transformers, tiny: which ways work on each"
 	@echo "make study   does the claim hold? six methods, three seeds: many hours on 2 CPU cores, goes on where it was"
 	@echo "make fuzz    100,000 random texts into everything that reads what a model or a person wrote"
 	@echo ""

@@ -360,6 +360,7 @@ def judge_answers(
 
     The LLM judge asks the model `judge`. None stands for a verdict that could not be read.
     Kept in `path` with a digest of response, gold, tests and judge. A verdict on anything else is made anew.
+    InputError: the file is not ours, or the LLM judge's first replies are no verdicts.
     """
     made_by = judge_digest(judge, task.judge)
     digests = {}

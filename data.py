@@ -1,6 +1,6 @@
 """What a model is asked: an example (x, y), the splits of a data set, a task, and the prompt of an example.
 
-A data set is one file of tasks/. Prompts are the user turn only, to the letter of the paper's figures. The
+A kind of task is a file of tasks/. Prompts are the user turn only, to the letter of the paper's figures. The
 figures print `<s>[INST] ... [/INST]` around them. That is Mistral's chat template, which the tokenizer of
 whatever model is used adds itself.
 """

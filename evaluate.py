@@ -74,7 +74,7 @@ def evaluate_run(evaluation: Evaluation) -> dict:
     if task.judge == "code":
         sandbox.announce(machine.sandbox, config["numpy"])
     if task.judge != "llm":
-        config["judge_model"] = None  # the run's own task has another judge
+        config["judge_model"] = None  # --task may bring a judge that asks no model
     started = time.monotonic()
     model, tokenizer = load_base_model(config, machine)
     loading = time.monotonic() - started

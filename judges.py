@@ -14,7 +14,7 @@ rouge, for open-ended tasks: the ROUGE-L of the response and a gold is ROUGE_THR
 support/short_answers.py says what recall, exact and f1 take for a word and for an abstention.
 
 No judge accepts a blank response. A new judge is one function (example, response) -> bool and one entry of
-JUDGES, at the end of this file.
+JUDGES, below.
 """
 
 import ast

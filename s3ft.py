@@ -39,7 +39,7 @@ from results.config import Comparison, Job, Machine
 from support import cli, ranks
 from support.cli import InputError
 from support.files import file_digests, locked, read_jsonl, write_json, write_jsonl
-from tasks import TASKS
+from tasks import CUSTOM_FLAGS, TASKS
 from tasks.custom import CUSTOM_TASK
 from train import AdapterSettings, TrainingSettings, count_sources, summary, train
 
@@ -87,7 +87,7 @@ def ssr(D, base):
 
 
 def rft(D, base, k=4):
-    """Rejection sampling (STaR-like): the likeliest accepted one of k samples. A row without is dropped."""
+    """Rejection sampling (STaR-like): the likeliest accepted one of k samples. A row with none is dropped."""
     samples = base.sample(D, k)
     for x in D:
         accepted = [y for y in samples[x.id] if y.accepted]
@@ -204,7 +204,7 @@ def parse(argv=None):
     add("--question-field", metavar="NAME", help="where the question is (default: the usual names are tried)")
     add("--answer-field", metavar="NAME", help="where the gold is")
     add("--prompt", metavar="NAME", help="a built-in prompt, such as reading")
-    add("--prompt-file", metavar="F", help="JSON with your own predict, train and paraphrase prompts")
+    add("--prompt-file", metavar="F", help="JSON or TOML with your own predict, train and paraphrase prompts")
     add = parser.add_argument_group("generation (greedy, A.3)").add_argument
     add("--max-new-tokens", type=cli.positive_int, help="length limit of a response (default: the task's)")
     add("--keep-unfinished", action="store_true", help="judge cut-off responses like any other")
@@ -243,8 +243,7 @@ def job_of(args) -> Job:
     if args.method not in METHODS:
         raise InputError(f"unknown method {args.method!r}: choose from {', '.join(METHODS)}")
     files = [args.train_file, args.val_file, args.test_file]
-    own = ("question_field", "answer_field", "prompt", "prompt_file")
-    custom = {name: getattr(args, name) for name in own}
+    custom = {name: getattr(args, name) for name in CUSTOM_FLAGS}
     if args.task == "custom":
         if not (all(files) and args.judge):
             raise InputError("--task custom needs --train-file, --val-file, --test-file and --judge")

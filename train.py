@@ -73,6 +73,7 @@ def train(
 
     What a step does follows from the seed and its number alone. So a run that was killed, and went on from
     its checkpoint, ends with the weights of one that was not.
+    InputError: a step does not fit in memory, or checkpoint.pt is of another run.
     """
     optimizer = torch.optim.AdamW(lora.parameters(model), weight_decay=0.0, fused=model.device.type == "cuda")
     progress = load_checkpoint(model, optimizer, folder)  # step 0 where there is none
@@ -102,18 +103,23 @@ def train(
 
         # 3. Validate, and keep what a run that dies here must go on from.
         if progress.step % settings.eval_every == 0 or progress.step == settings.steps:
-            started = time.monotonic()
-            accuracy = validate()
-            progress.validation_seconds += time.monotonic() - started
-            log(folder, step=progress.step, validation=accuracy)
-            if accuracy > progress.best_accuracy:
-                progress.best_step = progress.step
-                progress.best_accuracy = accuracy
-                if ranks.RANK == 0:
-                    lora.save(model, folder, model.config._name_or_path)
+            keep_the_best(model, validate, progress, folder)
             save_checkpoint(model, optimizer, progress, folder)
             model.train()
     return progress
+
+
+def keep_the_best(model, validate: Callable[[], float], progress: Progress, folder: Path) -> None:
+    """Validate, and save the adapter if no earlier one was as good (A.3)."""
+    started = time.monotonic()
+    accuracy = validate()
+    progress.validation_seconds += time.monotonic() - started
+    log(folder, step=progress.step, validation=accuracy)
+    if accuracy > progress.best_accuracy:
+        progress.best_step = progress.step
+        progress.best_accuracy = accuracy
+        if ranks.RANK == 0:
+            lora.save(model, folder, model.config._name_or_path)
 
 
 # ------------------------------------------------------------------------------ one step

@@ -72,12 +72,13 @@ def measure(
     # 1. The same documents for both.
     chosen = choose(name, shots, data, n)
     solved = benchmarks.mmlu_shots(data, shots) if shots else {}
+    solved_rows = read_jsonl(data / mmlu.MMLU_SHOTS) if name == "mmlu" else []
     encoder = Encoder(tokenizer, max_length(model, tokenizer))
     times = {"ours": 0.0}
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
         rows = [document.row for document in chosen]
-        harness.write_tasks(name, rows, Path(folder), read_jsonl(data / mmlu.MMLU_SHOTS))
+        harness.write_tasks(name, rows, Path(folder), solved_rows)
         loaded = harness.load_tasks(Path(folder), name, shots)
 
         # 2. The sides in turns.

@@ -21,8 +21,8 @@ from data import Example
 from judges import judge_all
 from support import sandbox
 from support.cli import exit_cleanly
-from support.files import read_jsonl, write_json, write_text
-from tasks.mbpp import mbpp_example
+from support.files import download, read_jsonl, write_json, write_text
+from tasks.mbpp import HOME, SHA256, mbpp_example
 
 SLOW = 0.5  # CPU seconds from which a program is counted apart
 
@@ -80,7 +80,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="results go there (%(default)s)")
     args = parser.parse_args()
     fields = ("task_id", "text", "code", "test_list", "test_setup_code")
-    rows = read_jsonl(args.data / "mbpp" / "mbpp.jsonl", fields)
+    file = args.data / "mbpp" / "mbpp.jsonl"
+    download(HOME, file, SHA256)
+    rows = read_jsonl(file, fields)
     results = measure([(mbpp_example(row), f"[[BEGIN]]\n{row['code']}\n[[DONE]]") for row in rows])
     write_json(args.out / "judge.json", results)
     write_text(args.out / "judge.md", table(results))

@@ -78,7 +78,7 @@ def windowed_model(shape: str, vocabulary: int, end: int, dtype: torch.dtype, de
 
 
 def weights_of(model) -> int:
-    """Weights that every token passes: all but the embedding, which is only looked up."""
+    """Weights that every token passes: all except the embedding, which is only looked up."""
     return sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
 
 

@@ -12,8 +12,8 @@ apart by article and passage, and a quarter of the questions is made unanswerabl
 article. Judge: every word of the gold in at most 50 words, or abstention.
 
 All runs share one run folder. What an earlier call finished is not made again, so that the study may be
-broken off. The report is docs/study.md. It is made from docs/study/results.json and nothing else
-(bench/study_report.py).
+broken off. `--equal-steps`, `--judges` and `--choices` add further runs. The report is docs/study.md. It is
+made from docs/study/results.json and nothing else (bench/study_report.py).
 """
 
 import argparse
@@ -99,7 +99,7 @@ def make_rows(source: Path, out: Path, sizes: dict[str, int]) -> None:
 
 
 def example_of(row: dict) -> Example:
-    """The other way round."""
+    """The example of a row that `to_row` made."""
     x = Example(row["id"], row["question"], row["answer"], row["context"])
     return replace(x, unanswerable=row["unanswerable"])
 

@@ -26,9 +26,11 @@ from bench.study_numbers import (
     verdicts,
     with_interval,
 )
+from results.markdown import markdown_table
 from results.paper import PAPER_ACCURACY, PAPER_BENCHMARKS, PAPER_SOURCES
-from results.report import log_probability_section, markdown_table
+from results.report import log_probability_section
 from results.run_files import BRANCHES
+from results.tables import SOURCES_HEADER
 from tasks.benchmarks import BENCHMARKS
 
 ARTICLES = 36  # the first of XQuAD's 48
@@ -157,14 +159,14 @@ def first_page(methods: dict, last_step: dict) -> list[str]:
     beside = "; ".join(
         f"{name} {nats_with_interval(*lost_on_human_text(methods[name], base))}"
         for name in others)
-    beside_it = measures_beside_it(base, sft, s3ft)
+    beside_it = measures_beside_it(sft, s3ft)
     lines = [CLAIM, found, options, instructions, beside_it, f"On the task, S3FT against SFT: {accuracy}."]
     if others:
         lines.append(f"The other methods lose, in nats a token of the primary measure: {beside}.")
     return lines
 
 
-def measures_beside_it(base: list[dict], sft: list[dict], s3ft: list[dict]) -> str:
+def measures_beside_it(sft: list[dict], s3ft: list[dict]) -> str:
     """Which of the other measures of forgetting say what the primary one says."""
     gains = {  # how much less S3FT loses than SFT
         "MBPP's golds": paired_difference(human_text_of(sft, "mbpp"), human_text_of(s3ft, "mbpp")),
@@ -231,27 +233,27 @@ def primary_table(methods: dict) -> str:
     for name, models in methods.items():
         if name == "base":
             continue
-        each_seed = [lost_on_human_text([model], base)[0] for model in models]
-        row = [name, nats_with_interval(*lost_on_human_text(models, base))]
-        row.append(", ".join(f"{value:+.3f}" for value in each_seed))
-        row.append("" if name == "sft" else nats_with_interval(*lost_on_human_text(models, methods["sft"])))
+        row = loss_cells(name, methods)
         row.append(nats_difference(human_text_of(models, "mbpp"), human_text_of(base, "mbpp")))
         rows.append(row)
     return markdown_table(["method", "GSM8K: loss", "each seed", "against SFT's", "MBPP: loss"], rows)
 
 
+def loss_cells(name: str, methods: dict) -> list[str]:
+    """Cells: the method, its loss by the primary measure, each seed's, and the difference to SFT's."""
+    models = methods[name]
+    each_seed = [lost_on_human_text([model], methods["base"])[0] for model in models]
+    return [
+        name,
+        nats_with_interval(*lost_on_human_text(models, methods["base"])),
+        ", ".join(f"{value:+.3f}" for value in each_seed),
+        "" if name == "sft" else nats_with_interval(*lost_on_human_text(models, methods["sft"])),
+    ]
+
+
 def equal_steps_table(methods: dict) -> str:
     """The primary measure of SFT and S3FT after as many steps, in nats a token."""
-    base = methods["base"]
-    rows = []
-    for name in ("sft", "s3ft"):
-        models = methods[name]
-        each_seed = [lost_on_human_text([model], base)[0] for model in models]
-        against_sft = nats_with_interval(*lost_on_human_text(models, methods["sft"]))
-        row = [name, nats_with_interval(*lost_on_human_text(models, base))]
-        row.append(", ".join(f"{value:+.3f}" for value in each_seed))
-        row.append("" if name == "sft" else against_sft)
-        rows.append(row)
+    rows = [loss_cells(name, methods) for name in ("sft", "s3ft")]
     return markdown_table(["after the last step", "GSM8K: loss", "each seed", "against SFT's"], rows)
 
 
@@ -312,9 +314,8 @@ def selecting_judges_table(judges: dict) -> str:
         for marks in model["by_judge"].values():
             row.append(f"{100 * marks.count('1') / len(marks):.1f}")
         rows.append(row)
-    sources = ["model responses %", "gold paraphrases %", "gold responses %"]
     tested = [f"accepted by {judge} %" for judge in judges]
-    return markdown_table(["selecting judge", *sources, *tested], rows)
+    return markdown_table(["selecting judge", *SOURCES_HEADER, *tested], rows)
 
 
 def accuracy_table(methods: dict) -> str:
@@ -389,8 +390,7 @@ def sources_table(methods: dict) -> str:
         rows.append(row)
     for task, shares in PAPER_SOURCES.items():
         rows.append([f"s3ft in the paper, {task}", "", *map(str, shares)])
-    header = ["method", "rows", "model responses %", "gold paraphrases %", "gold responses %"]
-    return markdown_table(header, rows)
+    return markdown_table(["method", "rows", *SOURCES_HEADER], rows)
 
 
 def benchmarks_table(methods: dict) -> str:

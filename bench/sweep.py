@@ -39,7 +39,7 @@ from engine import packed, trial
 from engine.forward import plain_inputs
 from engine.peft_check import check_saved
 from generate import generate
-from results.report import markdown_table
+from results.markdown import markdown_table
 from support.cli import InputError
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -98,7 +98,7 @@ def our_step(model, share_prefix: bool = False):
 
 
 def timed(step, rows: list) -> float:
-    """Seconds of all steps but the first."""
+    """Seconds of all steps except the first."""
     first, *others = batches(rows)
     step(first)
     start = clock()

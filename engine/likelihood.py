@@ -360,7 +360,7 @@ def logits_at(model, places: torch.Tensor, inputs: dict) -> torch.Tensor:
 
 
 def batch_inputs(model, trees: list[Tree], share: bool, prefix_states: list | None) -> dict:
-    """The model's inputs for a batch, a row a tree. None: there is no prefix before the trees."""
+    """The model's inputs for a batch, a row a tree. `prefix_states` is None where they have no prefix."""
     ids = pad([tree.tokens for tree in trees], model.device)
     if not share:  # sequences, padded on the right, where a causal model does not look
         return {"input_ids": ids, "use_cache": False}

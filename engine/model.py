@@ -69,7 +69,8 @@ def machine_of(model) -> dict:
     if model.device.type == "cuda":
         device = torch.cuda.get_device_name(model.device)
     else:
-        device = f"{model.device}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        device = f"{model.device}, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -208,6 +209,7 @@ def load_model(
     """(model, tokenizer) of a Hugging Face name or folder, from safetensors only, in eval mode.
 
     Without a device it is the best that there is. Without a dtype it is bfloat16 on a GPU, float32 elsewhere.
+    InputError: it cannot be loaded, or has no chat template where one is needed.
     """
     device = usable_device(device)
     if dtype is None:

@@ -173,7 +173,7 @@ def rows_that_fit(model) -> list[Row]:
 
 
 def trial_rows(model) -> list[Row]:
-    """Rows of random tokens, all but the first of each a target.
+    """Rows of random tokens, of which all except the first are targets.
 
     Special tokens stand at the ends of most vocabularies, so these come from its middle. The last row is
     longer than any window that is short enough for a trial. No row is longer than the model's context.
@@ -312,7 +312,7 @@ def packs(model, rows, expected, tolerance, ways) -> bool:
     """
     whole_pack = Ways(packed=True, keeps_logits=ways.keeps_logits)
     found, _ = target_logits(model, rows, False, whole_pack)
-    alone = torch.cat([logits[:-1] for logits in expected])  # all tokens but a row's first are targets
+    alone = torch.cat([logits[:-1] for logits in expected])  # all tokens except a row's first are targets
     if not deviation(found, alone) <= tolerance:  # nor where it is not a number
         return False
 

@@ -226,7 +226,7 @@ def _open_block(tokenizer, template: str, prompt_tail: str, tail: str, after: st
 def _blocks(tokenizer, written: str, frame: str) -> tuple[tuple[str, str], ...]:
     """(opening, closing) tag of blocks: pairs of added tokens, and pairs that stand before an answer.
 
-    What the template writes between turns, the `frame`, is none.
+    A tag that the template writes between turns, in the `frame`, marks no block.
     """
     found = []
     added = tokenizer.get_added_vocab()

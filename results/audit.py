@@ -29,7 +29,7 @@ from statistics import mean
 
 from data import Example
 from results.checks import check_fields
-from results.run_files import read_responses, read_verdicts
+from results.run_files import KINDS, read_responses, read_verdicts
 from support.cli import InputError
 from support.files import read_jsonl, write_json, write_jsonl, write_text
 from support.stats import kappa, wilson
@@ -90,7 +90,7 @@ def read_marks(run: Path) -> tuple[dict[int, dict], dict[int, dict]]:
 def judged_responses(run: Path, examples: Sequence[Example], test_examples: Sequence[Example]) -> list[dict]:
     """Every judged response of the run. A verdict that could not be read counts as not accepted."""
     rows = []
-    for kind in ("predictions", "paraphrases"):
+    for kind in KINDS:
         rows += judged_rows(run / f"{kind}.jsonl", kind, examples)
     for answers in sorted(run.glob("*/test.jsonl")):
         rows += judged_rows(answers, f"{answers.parent.name}/test", test_examples)

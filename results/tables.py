@@ -150,7 +150,7 @@ def costs_table(results: dict) -> str:
 
 
 def read_run(run: Path) -> dict:
-    """A run's results.json. InputError: it is none of a run, or names a bad field."""
+    """A run's results.json. InputError: the file is not a run's, or names a bad field."""
     results = read_results(run)
     where = str(run / "results.json")
     check_fields(results, {"config": dict, "machine": dict, "models": dict}, where)

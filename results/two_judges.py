@@ -15,11 +15,11 @@ from pathlib import Path
 from data import Example
 from results.audit import agreement, compare, judged_responses, kappa_text, rate_text, read_marks
 from results.markdown import markdown_table
+from results.run_files import KINDS
 from support.files import write_json, write_text
 from support.stats import kappa
 
 RUNS_OWN = "the run's judge"
-KINDS_OF_TRAINING = ("predictions", "paraphrases")  # all other answers are to test rows
 
 
 def judged_pairs(
@@ -33,7 +33,7 @@ def judged_pairs(
     of_test = {x.id: x for x in test}
     pairs, verdicts = [], {}
     for row in judged_responses(run, train, test):
-        examples = of_training if row["kind"] in KINDS_OF_TRAINING else of_test
+        examples = of_training if row["kind"] in KINDS else of_test
         x = replace(examples[row["id"]], id=f"{row['kind']} {row['id']}")
         pairs.append((x, row["response"]))
         verdicts[x.id] = row["accepted"]

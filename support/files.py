@@ -145,9 +145,9 @@ def append_jsonl(path: Path | str, row: dict) -> None:
 def resume_jsonl(path: Path | str) -> list[dict]:
     """The rows that an earlier run appended, [] if there are none.
 
-    A last line torn by its death is cut off the file.
-    What other ranks of a run that died appended beside it counts too, once. InputError: the file is not one
-    of rows that we append. It is left as it is.
+    A last line torn by its death is cut off the file. Rows that other processes of a killed run left in
+    files beside it count too, each once. InputError: the file is not one of rows that we append. It is left
+    as it is.
     """
     path = Path(path)
     rows = _resume(path)

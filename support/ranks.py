@@ -1,10 +1,10 @@
 """Several processes, one run: `torchrun --nproc_per_node N s3ft.py ...` makes N of them.
 
-Each is on a GPU of its own.
+Where there are GPUs, each has one of its own.
 They share the run folder (on several machines: a common file system). Rows are dealt out in turn. Each
 process appends what it makes to a file of its own beside the real one, and rank 0 puts them together
-(files.RowFile). Only rank 0 writes other files. Without torchrun there is one process, rank 0, and everything
-here does nothing.
+(files.RowFile). Only rank 0 writes other files, except costs.jsonl, to which every process appends. Without
+torchrun there is one process, rank 0, and everything here does nothing.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Intervals and tests for counts: Wilson, McNemar, Cohen's kappa, and rates between a judge and people."""
+"""Intervals and tests for counts: Wilson, McNemar and Cohen's kappa."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a model is asked: one data set a file.
+"""What a model is asked: prompts and loaders, a file for each kind of task.
 
 A new task is a file with its prompts and loader, and one entry of TASKS.
 """

@@ -290,7 +290,7 @@ def regraded(document: Document, sample: dict) -> dict:
 def summary(samples: list[dict]) -> dict:
     """Means over documents with their standard errors (None of a single document).
 
-    MMLU's acc is so weighted by size.
+    So MMLU's acc weights each subject by its size.
     """
     result = means(samples)
     subjects = defaultdict(list)

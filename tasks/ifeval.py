@@ -46,10 +46,9 @@ HEADLINE = "prompt_level_strict"
 
 
 def rows(data_dir: Path, limit: int | None = None, sampled: bool = False) -> list[dict]:
-    """The first `limit` rows, or `sampled`, a seeded draw that only grows with the limit.
+    """The first `limit` rows in the order of the file.
 
-    In the order of the file.
-
+    With `sampled` they are a seeded draw that only grows with the limit.
     InputError: the file cannot be fetched, is not whole, or a row is faulty.
     """
     path = data_dir / FILE
