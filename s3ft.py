@@ -238,16 +238,15 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def job_of(args) -> Job:
-    """What the flags ask for. InputError: they do not fit together."""
+def refuse_what_does_not_fit(args) -> None:
+    """InputError: a name that is none, or flags that do not go together."""
     if args.method not in METHODS:
         raise InputError(f"unknown method {args.method!r}: choose from {', '.join(METHODS)}")
     files = [args.train_file, args.val_file, args.test_file]
-    custom = {name: getattr(args, name) for name in CUSTOM_FLAGS}
     if args.task == "custom":
         if not (all(files) and args.judge):
             raise InputError("--task custom needs --train-file, --val-file, --test-file and --judge")
-    elif any(files) or any(custom.values()):
+    elif any(files) or any(getattr(args, name) for name in CUSTOM_FLAGS):
         raise InputError(f"the flags of your own task go with --task custom; {args.task} has its own rows")
     name = args.name or args.method
     if name in ("base", "figures", "judges") or Path(name).name != name or name.startswith("."):
@@ -255,6 +254,11 @@ def job_of(args) -> Job:
     if args.batch_size < ranks.WORLD:
         raise InputError(f"--batch-size {args.batch_size}: {ranks.WORLD} processes need at least that")
 
+
+def job_of(args) -> Job:
+    """What the flags ask for. What they leave open stays as the run folder began with it."""
+    files = [args.train_file, args.val_file, args.test_file]
+    custom = {name: getattr(args, name) for name in CUSTOM_FLAGS}
     task = TASKS.get(args.task, CUSTOM_TASK)
     device = usable_device(args.device)
     dtype = args.dtype
@@ -281,11 +285,12 @@ def job_of(args) -> Job:
         args.batch_size, args.micro_batch or args.batch_size, args.clip, bf16=dtype == "bfloat16",
         share_prefix=args.share_prefix)
     machine = Machine(args.data, device, args.trust_remote_code, args.sandbox, args.gradient_checkpointing)
-    return Job(args.method, args.out / name, shared, adapter, training, machine)
+    return Job(args.method, args.out / (args.name or args.method), shared, adapter, training, machine)
 
 
 def main(argv=None) -> None:
     args = parse(argv)
+    refuse_what_does_not_fit(args)
     job = job_of(args)
     if args.dry_run:
         print(preview.page(METHODS[job.method], config.continued(job)))
