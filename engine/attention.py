@@ -58,7 +58,8 @@ def reach_of(mask, row_lengths: list[int], shared: int, window: int | None) -> i
         if shared:  # positions do not start again between the prefix and the row after it
             lengths[:2] = [sum(lengths[:2])]
         mask.reach = None
-        for reach in (everything, window):
+        # A mask of short rows fits both. The window then holds: behind a shared prefix a row can be longer.
+        for reach in (window, everything):
             if reach and (shows(mask, lengths, reach) or shows(mask, [everything], reach)):
                 mask.reach = reach
                 break

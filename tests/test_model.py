@@ -113,6 +113,19 @@ def test_windows_are_packed_and_share_a_prefix(config, shared):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("config", WITH_WINDOWS, ids=lambda c: c.model_type)
+def test_a_window_holds_behind_a_prefix_where_each_row_alone_is_shorter(config):
+    """Prefix and first row fit the window of 5, and so does the second row's own part, but not with its prefix."""
+    prefix = [20, 21, 22]
+    rows = [(prefix + own, [False] * 3 + [True] * len(own)) for own in ([30, 31], [40, 41, 42, 43])]
+    model, alone = model_of(config, "rows"), model_of(copy.deepcopy(config), "eager")
+    for weight, same in zip(model.parameters(), alone.parameters(), strict=True):
+        same.data = weight.data = weight.data * 10  # so that what a token sees makes a difference
+    logits, _ = target_logits(model, rows, share_prefix=True)
+    expected = torch.cat([found for found, _ in one_at_a_time(alone, rows)])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_a_mask_shows():
     """Rows of 3 and 6 tokens: causal, under windows, and under masks that are neither."""
     rows = [0] * 3 + [1] * 6
