@@ -30,7 +30,7 @@ import judges
 import lora
 from data import Example, Task, prompt
 from engine.chat import chat_ids, end_of_turn, end_tokens, plain_ids, training_ids
-from engine.decoding import Limits, Response, Sampling
+from engine.decoding import Limits, PromptTooLong, Response, Sampling
 from engine.fingerprint import fingerprint
 from engine.model import context_length, load_model
 from engine.packed import log_probs
@@ -183,15 +183,15 @@ class LocalModel:
     def encode(self, prompts: dict[str, str]) -> dict[str, list[int]]:
         """Token ids `[length]` of every prompt (id -> user turn).
 
-        InputError: a prompt fills the model's context. It is named by its id.
+        PromptTooLong: a prompt fills the model's context. It is named by its id.
         """
         longest = context_length(self.model.config)
         encoded = {}
         for id, text in prompts.items():
             ids = chat_ids(self.tokenizer, text) if self.chat else plain_ids(self.tokenizer, text)
             if len(ids) >= longest:
-                raise InputError(
-                    f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
+                raise PromptTooLong(
+                    id, f"row {id}: its prompt has {len(ids)} tokens, the model's context holds {longest}")
             encoded[id] = ids
         return encoded
 
@@ -414,14 +414,25 @@ def selection_digest(base: BaseLM, method) -> str:
 
 
 def replies_of(judge, cost: CostMeter | None = None):
-    """What the LLM judge asks: a function that gives a list of replies of a model for a list of prompts."""
+    """What the LLM judge asks: a function that gives a list of replies of a model for a list of prompts.
+
+    A prompt that does not fit the judge's context gets the reply "", which holds no verdict.
+    """
 
     def ask(prompts: list[str]) -> list[str]:
-        encoded = judge.encode({f"{i} of the LLM judge": text for i, text in enumerate(prompts, 1)})
-        replies = dict(judge.generate(encoded, JUDGE_LIMITS))
-        if cost:
-            cost.add(tokens=sum(reply.length for reply in replies.values()))
-        return [replies[id].text for id in encoded]
+        replies = {f"{i} of the LLM judge": "" for i in range(1, len(prompts) + 1)}
+        waiting = dict(zip(replies, prompts, strict=True))
+        while waiting:
+            try:
+                for id, reply in judge.generate(judge.encode(waiting), JUDGE_LIMITS):
+                    del waiting[id]
+                    replies[id] = reply.text
+                    if cost:
+                        cost.add(tokens=reply.length)
+            except PromptTooLong as error:
+                note(f"{error}: no verdict")
+                del waiting[error.id]
+        return list(replies.values())
 
     return ask
 

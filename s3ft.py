@@ -27,9 +27,9 @@ import lora
 from answers import Answer, BaseLM, selection_digest, validate
 from data import Splits, prompt
 from engine import trial
-from engine.chat import check_template, training_ids
+from engine.chat import check_template
 from engine.fingerprint import fingerprint
-from engine.model import load_model, usable_device
+from engine.model import context_length, load_model, usable_device
 from engine.peft_check import check_saved
 from engine.precision import fastest_dtype
 from engine.server import with_name
@@ -41,7 +41,7 @@ from support.cli import InputError
 from support.files import file_digests, locked, read_jsonl, write_json, write_jsonl
 from tasks import CUSTOM_FLAGS, TASKS
 from tasks.custom import CUSTOM_TASK
-from train import AdapterSettings, TrainingSettings, count_sources, summary, train
+from train import AdapterSettings, TrainingSettings, count_sources, encode, summary, train
 
 # ------------------------------------------------------------------------------ the methods
 
@@ -122,7 +122,7 @@ def run(job: Job) -> None:
     sources = count_sources(rows, job.folder.name)  # Table 3
 
     # 3. Line 16: train on D'.
-    encoded = [training_ids(tokenizer, row["prompt"], row["response"], row.get("tokens")) for row in rows]
+    encoded = encode(rows, tokenizer, context_length(model.config), job.folder / "train.jsonl")
     accuracy = partial(validate, model, tokenizer, base.task, validation, base.judge)
     progress = train(model, encoded, accuracy, job.folder, job.training)
     if ranks.RANK == 0:

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import lora
+from engine.chat import training_ids
 from engine.model import peak_memory_gib, reset_peak_memory
 from engine.packed import Row, target_loss
 from support import ranks
@@ -64,6 +65,20 @@ class Progress:
     seconds: float = 0.0  # of the steps alone
     validation_seconds: float = 0.0
     tokens: int = 0  # of prompts and targets
+    validated: int = 0  # the step of the last validation
+
+
+def encode(rows: list[dict], tokenizer, longest: int, path: Path) -> list[Row]:
+    """The rows of D' as (token ids, is target?). InputError: a response made elsewhere leaves the context."""
+    encoded = []
+    for row in rows:
+        ids, is_target = training_ids(tokenizer, row["prompt"], row["response"], row.get("tokens"))
+        if len(ids) > longest:
+            raise InputError(
+                f"{path}, row {row['id']}: {len(ids)} tokens, but the model's context holds {longest}: "
+                f"shorten the response in the file that it came from, and remove {path}")
+        encoded.append((ids, is_target))
+    return encoded
 
 
 def train(
@@ -79,6 +94,9 @@ def train(
     progress = load_checkpoint(model, optimizer, folder)  # step 0 where there is none
     reset_peak_memory()
     model.train()
+
+    if is_due(progress, settings):  # the last run died while it validated
+        keep_the_best(model, validate, progress, folder)
 
     steps = range(progress.step, settings.steps)
     bar = tqdm(steps, desc=f"{folder.name}/train", unit="step", initial=progress.step, total=settings.steps)
@@ -101,18 +119,26 @@ def train(
         bar.set_postfix_str(f"loss {loss:.3f}, {rate_of_tokens:.0f} tokens/s", refresh=False)
         log(folder, step=step + 1, loss=round(loss, 6), lr=rate, tokens=batch_tokens, targets=target_tokens)
 
-        # 3. Validate, and keep what a run that dies here must go on from.
-        if progress.step % settings.eval_every == 0 or progress.step == settings.steps:
+        # 3. Keep what a run that dies goes on from, also where it is the judge that fails. Then validate.
+        if is_due(progress, settings):
+            save_checkpoint(model, optimizer, progress, folder)
             keep_the_best(model, validate, progress, folder)
             save_checkpoint(model, optimizer, progress, folder)
-            model.train()
     return progress
+
+
+def is_due(progress: Progress, settings: TrainingSettings) -> bool:
+    """Is the adapter of this step still to be validated?"""
+    at_its_step = progress.step % settings.eval_every == 0 or progress.step == settings.steps
+    return at_its_step and progress.validated < progress.step
 
 
 def keep_the_best(model, validate: Callable[[], float], progress: Progress, folder: Path) -> None:
     """Validate, and save the adapter if no earlier one was as good (A.3)."""
     started = time.monotonic()
     accuracy = validate()
+    model.train()
+    progress.validated = progress.step
     progress.validation_seconds += time.monotonic() - started
     log(folder, step=progress.step, validation=accuracy)
     if accuracy > progress.best_accuracy:
@@ -230,8 +256,12 @@ def load_checkpoint(model, optimizer, folder: Path) -> Progress:
             raise InputError(f"{path}: no checkpoint of this run ({reason}): remove it, and the same command "
                              "trains from the start") from None
 
-    rows = [row for row in resume_jsonl(folder / "log.jsonl") if row["step"] <= progress.step]
-    write_jsonl(folder / "log.jsonl", rows)  # steps after the checkpoint are about to be logged again
+    rows = []
+    for row in resume_jsonl(folder / "log.jsonl"):
+        last = progress.validated if "validation" in row else progress.step
+        if row["step"] <= last:  # what came after the checkpoint is about to be logged again
+            rows.append(row)
+    write_jsonl(folder / "log.jsonl", rows)
     return progress
 
 

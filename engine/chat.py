@@ -39,6 +39,11 @@ from support.cli import InputError
 MARK_START = "\U000f0000"
 MARK_END = "\U000f0001"
 
+# </think>, [/THINK], ◁/think▷, <|/think|>, </|think|> and <|end_of_thought|>.
+CLOSING_TAG = re.compile(
+    r"</[\w:.-]{2,}>|\[/\w+\]|◁/\w+▷|<[|｜]/[\w:.-]+[|｜]>|</[|｜][\w:.-]+[|｜]>|<[|｜]end[\w:.-]+[|｜]>"
+)
+
 
 # --- Token ids ----------------------------------------------------------------------------------------------
 
@@ -140,6 +145,7 @@ def _encode(tokenizer, text: str, continued: bool = False) -> list[int]:
     """
     ids = []
     plain = False
+    text = whole_characters(text)
     for piece in re.split(f"{MARK_START}(.*?){MARK_END}", text):
         if plain:
             ids += _encode_plainly(tokenizer, piece)
@@ -149,6 +155,11 @@ def _encode(tokenizer, text: str, continued: bool = False) -> list[int]:
             ids += tokenizer.encode(piece, add_special_tokens=False)
         plain = not plain
     return ids
+
+
+def whole_characters(text: str) -> str:
+    """U+FFFD in place of half a character (a lone surrogate), which JSON can hold and no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _encode_plainly(tokenizer, special: str) -> list[int]:
@@ -212,10 +223,15 @@ def response_text(tokenizer, tokens: list[int]) -> str:
 def without_thoughts(text: str) -> str:
     """A response of which the text alone is known, without a block of thinking at its beginning.
 
-    "" where the block has no end: the response never came to its answer.
+    "" where the block has no end: the response never came to its answer. Where the prompt has opened the
+    block, the text has its end alone.
     """
     for _, close in _thinking_at_the_beginning(text):
         return text.partition(close)[2].lstrip()
+    for end in CLOSING_TAG.finditer(text):
+        before = text[: end.start()]
+        if THINKING.search(end[0]) and not any(THINKING.search(tag) for tag in OPEN_TAG.findall(before)):
+            return text[end.end() :].lstrip()
     return text
 
 

@@ -7,6 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from engine.chat import end_tokens, plain_text, response_text
+from support.cli import InputError
+
+
+class PromptTooLong(InputError):
+    """The prompt of the row `id` leaves no room for a response in the model's context."""
+
+    def __init__(self, id: str, message: str):
+        super().__init__(message)
+        self.id = id
 
 
 @dataclass(frozen=True)

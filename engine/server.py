@@ -4,7 +4,8 @@ A served model is written URL#NAME, such as http://localhost:8000/v1#mistralai/M
 URL alone will do where the server lists one model only.
 
 The key is what the environment variable OPENAI_API_KEY holds. It is sent to the server and written nowhere.
-A request that fails is sent again, twice, after a pause that grows. The server puts the user turn
+A request that fails is sent again, twice, after a pause that grows. A server that limits the rate is asked
+for ten minutes. The server puts the user turn
 into the chat template and decodes. Two things it does differently are set right here:
 
 1. Servers cut off the stop string, and do not say whether the response had it. So it is not sent: the
@@ -18,6 +19,7 @@ what is not asked here (a repetition penalty, a system prompt): docs/scale.md ha
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +27,8 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from urllib.parse import urlsplit
 
-from engine.chat import without_thoughts
-from engine.decoding import Limits, Response, Sampling
+from engine.chat import whole_characters, without_thoughts
+from engine.decoding import Limits, PromptTooLong, Response, Sampling
 from support.cli import InputError
 from support.files import digest
 
@@ -34,6 +36,8 @@ AT_ONCE = 16  # requests under way, of each process
 RETRIES = 2  # of a request that timed out or met an error of the server (429, 5xx)
 TIMEOUT = 600  # seconds that one answer may take: 1,024 tokens of a slow server
 CONNECT_TIMEOUT = 10  # seconds that a connection may take
+PAUSE = 5  # seconds, after which a server that limits the rate is asked again
+NO_ROOM = re.compile(r"context (length|size|window)|maximum context|longer than the model", re.IGNORECASE)
 KEY = "OPENAI_API_KEY"
 SHOWN = 10  # names of models in an error, at most
 
@@ -118,14 +122,15 @@ class ServedModel:
 
     def encode(self, prompts: dict[str, str]) -> dict[str, list[dict]]:
         """The messages of every prompt (id -> user turn)."""
-        return {id: [{"role": "user", "content": text}] for id, text in prompts.items()}
+        return {id: [{"role": "user", "content": whole_characters(text)}] for id, text in prompts.items()}
 
     def generate(
         self, encoded: dict[str, list[dict]], limits: Limits, sampling: Sampling | None = None
     ) -> Iterator[tuple[str, Response]]:
         """(id, response) of every prompt that `encode` gave, each as soon as it is finished.
 
-        InputError: the server cannot be reached, refuses the key, has no such model, or fails.
+        InputError: the server cannot be reached, refuses the key, has no such model, or fails. What was
+        answered before that is given first. PromptTooLong: a prompt does not fit its context.
         """
         waiting, made = SimpleQueue(), SimpleQueue()
         for row in encoded.items():
@@ -148,6 +153,7 @@ class ServedModel:
             for _ in encoded:
                 id, response = made.get()
                 if isinstance(response, Exception):
+                    yield from answered(made)
                     raise response
                 yield id, response
             client.close()  # not below: its connections may be in use there
@@ -164,7 +170,7 @@ class ServedModel:
 
     def offered(self) -> list[str]:
         """The names of the models that the server lists. InputError: it cannot be reached, or has no list."""
-        with self._errors_in_one_line("the list of models"), self._client() as client:
+        with self._client() as client, self._errors_in_one_line("the list of models"):
             return [model.id for model in client.models.list()]
 
     def lists(self, name: str) -> bool:
@@ -192,13 +198,32 @@ class ServedModel:
         if self.chat_template_kwargs:
             request["extra_body"] = {"chat_template_kwargs": self.chat_template_kwargs}
         with self._errors_in_one_line(f"row {id}"):
-            return response_of(client.chat.completions.create(**request), limits.stop)
+            return response_of(self._reply(client, request), limits.stop)
+
+    def _reply(self, client, request: dict):
+        """The server's reply. Where it limits the rate, or is too busy, it is asked until TIMEOUT is over."""
+        openai = openai_package()
+        started = time.monotonic()
+        while True:
+            try:
+                return client.chat.completions.create(**request)
+            except openai.RateLimitError as error:
+                unpaid = error.code == "insufficient_quota"
+                if unpaid or time.monotonic() - started > TIMEOUT:
+                    raise
+                time.sleep(PAUSE)
 
     def _client(self):
+        """InputError: a proxy or certificate that the environment names is none."""
         openai = openai_package()
         timeout = openai.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT)
         key = key_of_the_environment() or "none"
-        return openai.OpenAI(api_key=key, base_url=self.url, max_retries=RETRIES, timeout=timeout)
+        try:
+            return openai.OpenAI(api_key=key, base_url=self.url, max_retries=RETRIES, timeout=timeout)
+        except Exception as error:  # of many kinds: the HTTP library reads the environment
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.url}: no connection can be prepared ({reason}): see HTTP_PROXY, "
+                             "HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE") from None
 
     @contextlib.contextmanager
     def _errors_in_one_line(self, asked: str):
@@ -216,8 +241,12 @@ class ServedModel:
             raise InputError(f"{self.url}: the server cannot be reached ({reason}): start it, or mend the "
                              "address. The same command goes on from here") from None
         except openai.APIStatusError as error:
-            kind = NoSuchRoute if error.status_code in (404, 405) else InputError
-            raise kind(f"{self.url}: {self._refusal(error, asked)}") from None
+            refusal = f"{self.url}: {self._refusal(error, asked)}"
+            if error.status_code in (400, 413, 422) and NO_ROOM.search(error.response.text):
+                raise PromptTooLong(asked.removeprefix("row "), refusal) from None
+            if error.status_code in (404, 405):
+                raise NoSuchRoute(refusal) from None
+            raise InputError(refusal) from None
         except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError):
             raise InputError(f"{self.url}: its answer to {asked} is not that of an OpenAI-compatible server; "
                              "does the address end in /v1?") from None
@@ -227,7 +256,8 @@ class ServedModel:
         status = error.status_code
         if status in (401, 403):
             return f"the server refuses the key ({status}): set {KEY} to one that it takes"
-        said = " ".join(error.response.text.split())[:300].replace(key_of_the_environment() or "\0", "...")
+        key = key_of_the_environment() or "\0"
+        said = " ".join(error.response.text.split()).replace(key, "...")[:300]
         refusal = f"the server answers {asked} with {status} ({said})"
         if self.name and status in (400, 404, 422):
             with contextlib.suppress(InputError):
@@ -236,6 +266,8 @@ class ServedModel:
                     return f"{refusal}. It does not list {self.name!r}, but {in_words(offered)}"
         if status in (404, 405):
             return f"{refusal}. Does the address end in /v1?"
+        if status == 429 or status >= 500:
+            return f"{refusal}. The same command goes on from here"
         return refusal
 
 
@@ -247,9 +279,17 @@ def response_of(reply, stop: str | None) -> Response:
     if stop and stop in text:
         text = text[: text.index(stop) + len(stop)]
         finished = True
-    usage = reply.usage  # a server may leave it out
-    counted = usage.completion_tokens or 0 if usage else 0
-    return Response(text, None, finished, counted)
+    counted = getattr(reply.usage, "completion_tokens", None)  # a server may leave it out
+    return Response(text, None, finished, counted if isinstance(counted, int) else 0)
+
+
+def answered(made: SimpleQueue) -> Iterator[tuple[str, Response]]:
+    """What lies ready, without errors and without waiting."""
+    with contextlib.suppress(Empty):
+        while True:
+            id, response = made.get_nowait()
+            if isinstance(response, Response):
+                yield id, response
 
 
 def key_of_the_environment() -> str:

@@ -96,7 +96,7 @@ def judged_responses(run: Path, examples: Sequence[Example], test_examples: Sequ
         rows += judged_rows(answers, f"{answers.parent.name}/test", test_examples)
     if not rows:
         raise InputError(
-            f"--audit: {run} has no judged predictions or paraphrases and no test answers; "
+            f"{run} has no judged predictions or paraphrases and no test answers to look at; "
             "run s3ft.py --method s3ft first"
         )
     return rows

@@ -40,8 +40,9 @@ def normalize(text: str) -> list[str]:
     """The words of a text after SQuAD's normalisation: lower case, no punctuation, no articles.
 
     Unlike SQuAD's, it drops the punctuation of Unicode too, and keeps a decimal point (or comma) as a point.
+    An é is the same in one character and in two (NFC).
     """
-    parts = DECIMAL_POINT.split(text.lower())
+    parts = DECIMAL_POINT.split(unicodedata.normalize("NFC", text).lower())
     text = ".".join(part.translate(NO_PUNCTUATION) for part in parts)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 

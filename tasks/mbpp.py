@@ -15,6 +15,7 @@ at temperature 0.2 (0.1 in its own example for MBPP), and its 512 tokens hold th
 from pathlib import Path
 
 from data import PARAPHRASE_FRAME, Example, Splits, Task
+from support.cli import InputError
 from support.files import download
 from tasks.rows import read_counted, text_of, texts_of
 
@@ -47,8 +48,12 @@ def load_mbpp(folder: Path) -> Splits:
     download(HOME, path, SHA256)
     examples = {}
     for row in read_counted(path, COUNT, ("task_id", "text", "code", "test_list", "test_setup_code")):
-        examples[row["task_id"]] = mbpp_example(row, str(path))
-    return tuple([examples[id] for id in ids] for ids in SPLITS)
+        x = mbpp_example(row, str(path))
+        examples[x.id] = x
+    missing = [id for ids in SPLITS for id in ids if str(id) not in examples]
+    if missing:
+        raise InputError(f"{path}: has no row with task_id {missing[0]}: remove it, and it is fetched again")
+    return tuple([examples[str(id)] for id in ids] for ids in SPLITS)
 
 
 def mbpp_example(row: dict, where: str = "MBPP") -> Example:

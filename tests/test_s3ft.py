@@ -3,10 +3,13 @@
 import contextlib
 import copy
 import itertools
-import multiprocessing
+import json
 import os
 import random
+import re
+import select
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -291,27 +294,49 @@ def stamps(folder: Path) -> set:
     return found
 
 
-def start(argv, errors: Path) -> multiprocessing.Process:
-    """A run in a process of its own. It is forked: importing torch anew takes longer than all that is tested."""
-    process = multiprocessing.get_context("fork").Process(target=run_alone, args=(argv, errors))
-    process.start()
-    return process
+# Runs s3ft.py in a process of its own for every command line that it reads, and says its id and how it ended.
+# Only the packages are loaded before: to import torch for every run would take longer than all that is tested.
+NURSERY = """
+import json, os, signal, sys
+import s3ft
+from support.cli import exit_cleanly
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the background is deaf to Ctrl-C otherwise
+        exit_cleanly(lambda: s3ft.main(json.loads(line)))
+        sys.exit()
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-def run_alone(argv, errors: Path) -> None:
-    """What `python s3ft.py` does. A shell starts what it puts in the background deaf to Ctrl-C: it is heeded here."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture
+def nursery(tmp_path):
+    """A process that starts runs, and the file that gets what they say."""
+    errors = tmp_path / "errors.txt"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     with errors.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file
-        exit_cleanly(lambda: s3ft.main(argv))
+        process = subprocess.Popen([sys.executable, "-c", NURSERY], cwd=ROOT, env=env, text=True, bufsize=1,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file)
+    yield process, errors
+    process.kill()
+    process.communicate()
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_files(command):
+def number_from(process: subprocess.Popen, seconds: float) -> int:
+    ready, _, _ = select.select([process.stdout], [], [], seconds)
+    assert ready, f"nothing was said in {seconds} seconds"
+    return int(process.stdout.readline())
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_files(command, nursery):
     """20 seeded moments, mostly SIGKILL, also SIGTERM and Ctrl-C; the reference run is never disturbed."""
     argv, out = command
-    errors = out.with_name("errors.txt")
+    process, errors = nursery
     argv = [*argv, "--method=s3ft", "--steps=400", "--eval-every=3"]
     s3ft.main(argv)
     expected = snapshot(out)
@@ -322,18 +347,18 @@ def test_a_run_killed_again_and_again_ends_with_the_same_files(command):
     signals = itertools.chain(rng.sample(kinds, len(kinds)), itertools.repeat(None))
     for end in signals:
         before = stamps(out)
-        process = start(argv, errors)
+        process.stdin.write(json.dumps(argv) + "\n")
+        child = number_from(process, seconds=120)
         if end is None:
-            process.join(timeout=300)
-            assert process.exitcode == 0, errors.read_text()
+            assert number_from(process, seconds=300) == 0, errors.read_text()
             break
         deadline = time.monotonic() + 120
-        while stamps(out) == before and time.monotonic() < deadline and process.is_alive():
+        while stamps(out) == before and time.monotonic() < deadline:
             time.sleep(0.01)  # until it is at work
         time.sleep(rng.uniform(0, 0.5))
-        os.kill(process.pid, end)
-        process.join(timeout=60)
-        assert process.exitcode in (-end, 130), "the run had ended before the signal came: make it longer"
+        os.kill(child, end)
+        code = number_from(process, seconds=60)
+        assert code in (-end, 130), "the run had ended before the signal came: make it longer"
     assert snapshot(out) == expected
 
 
@@ -362,6 +387,15 @@ def refuse(argv, capsys) -> str:
 ])
 def test_bad_flags(command, capsys, flags, message):
     assert message in refuse([*command[0], *flags], capsys)
+
+
+def test_a_response_made_elsewhere_that_leaves_the_context_is_named(command, capsys):
+    argv, out = command
+    give_answers(out, "predictions", right=range(12))
+    rows = read_jsonl(out / "predictions.jsonl")
+    rows[3]["response"] = "x" * 3000 + " 6"
+    write_jsonl(out / "predictions.jsonl", rows)
+    assert re.search(r"train.jsonl, row q3: 30\d\d tokens, .* holds 2048: shorten", refuse([*argv, "--method=s3ft"], capsys))
 
 
 def test_unknown_task(command, capsys):

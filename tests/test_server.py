@@ -23,6 +23,7 @@ import s3ft
 from answers import LocalModel, NamedModel, judge_answers, other_model, respond
 from data import Example
 from engine import server
+from engine.chat import training_ids
 from engine.decoding import Limits, Response, Sampling
 from engine.model import load_model
 from engine.server import ServedModel, with_name
@@ -187,6 +188,10 @@ def test_samples_are_drawn_with_a_seed_of_their_own_that_does_not_depend_on_what
     ("a [[DONE]] b [[DONE]]", "stop", "a [[DONE]]", True), ("a [[DONE]] b", "length", "a [[DONE]]", True),
     ("a", "stop", "a", True), ("a", "length", "a", False), (None, "stop", "", True),
     ("<think>so [[DONE]]</think>\n\nb", "stop", "b", True), ("<think>so", "length", "", False),
+    ("so, or 5?</think>\n\nb", "stop", "b", True), ("so</seed:think>b", "stop", "b", True),
+    ("so[/THINK]b", "stop", "b", True), ("so◁/think▷b", "stop", "b", True),  # the prompt has opened the block
+    ("a <b>bold</b> word", "stop", "a <b>bold</b> word", True),
+    ("x <think>y</think> z", "stop", "x <think>y</think> z", True),
     (" \n a ", "stop", "a ", True), ("a", "content_filter", "a", False), ("a", "abort", "a", False),
     ("a", None, "a", False), ("a [[DONE]] b", None, "a [[DONE]]", True),
 ])
@@ -243,6 +248,66 @@ def test_a_refusal_is_one_line_without_the_key(served, fault, line):
     with pytest.raises(InputError, match=line) as error:
         ask(served.url, prompts={"q0": "x"})
     assert KEY not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_part_of_the_key_is_shown_where_the_message_is_cut(served):
+    for padding in range(270, 301):
+        served.faults = [(400, {"error": {"message": "x" * padding + KEY}})]
+        with pytest.raises(InputError) as error:
+            ask(served.url, prompts={"q0": "x"})
+        assert KEY[:5] not in str(error.value)
+
+
+def test_a_limited_rate_is_waited_for(served, monkeypatch):
+    monkeypatch.setattr(server, "PAUSE", 0.01)
+    served.faults = [(429, {"error": {"message": "slow down"}})] * 60
+    assert len(ask(served.url)) == 40
+    served.faults = [(429, {"error": {"message": "pay first", "code": "insufficient_quota"}})] * 60
+    with pytest.raises(InputError, match="429 .*pay first.* The same command goes on from here"):
+        ask(served.url)
+
+
+def test_what_was_answered_before_an_error_is_given_first(served):
+    """Both requests are under way when the second fails. The first row's answer lies ready by then."""
+    model = ServedModel(served.url, "M")
+    made = server.SimpleQueue()
+    for row in [("a", Response("1", None, True)), ("b", InputError("no")), ("c", Response("2", None, True))]:
+        made.put(row)
+    assert [id for id, _ in server.answered(made)] == ["a", "c"]
+    served.faults = [(400, {"error": {"message": "no"}})]
+    responses = model.generate(model.encode(PROMPTS), Limits(6))
+    found = []
+    with pytest.raises(InputError, match="with 400"):
+        for id, _ in responses:
+            found.append(id)
+    assert len(set(found)) == len(found) < 40
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("ALL_PROXY", "socks5://127.0.0.1:1"), ("HTTP_PROXY", "http://127.0.0.1:port"), ("SSL_CERT_FILE", "/nowhere.pem"),
+])
+def test_a_proxy_or_certificate_that_is_none_is_one_line(served, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    for call in (ask, with_name):
+        with contextlib.suppress(ImportError):  # the package for such proxies may be there
+            with pytest.raises(InputError, match="no connection can be prepared|cannot be reached") as error:
+                call(served.url)
+            assert "\n" not in str(error.value)
+
+
+def test_half_a_character_is_sent_and_taken(served, loaded):
+    """JSON can hold a lone surrogate. UTF-8 cannot."""
+    served.answer = lambda user: "so \ud83d"
+    assert ask(served.url, prompts={"q0": "what \ud83d"})["q0"].text.startswith("so ")
+    assert served.requests[0]["messages"][0]["content"] == "what \ufffd"
+    ids, is_target = training_ids(loaded[1], "what \ud83d", "so \ud83d")
+    assert len(ids) == len(is_target)
+
+
+def test_a_count_of_tokens_that_is_none_counts_as_unknown(served, monkeypatch):
+    chat = served.chat
+    monkeypatch.setattr(served, "chat", lambda body: (200, chat(body)[1] | {"usage": {"completion_tokens": "7"}}))
+    assert ask(served.url, prompts={"q0": "x"})["q0"].length in (0, 7)
 
 
 def test_a_model_that_the_server_does_not_have_is_named_with_those_that_it_has(served):
@@ -508,6 +573,49 @@ def test_a_served_judge_decides_and_its_verdicts_say_so(served, command, loaded,
     measure, task = measure_of(out, loaded)
     served.answer = lambda user: "True"
     assert measure.answers(task.train, out / "ssr", "ssr")["accuracy"] == 1  # the run's judge, from config.json
+
+
+TOO_LONG = (400, {"error": {"message": "This model's maximum context length is 64 tokens. You requested 99."}})
+
+
+def test_a_prompt_that_does_not_fit_the_judge_gets_no_verdict(served, loaded, tmp_path, capsys):
+    """A local judge counts the tokens, a server says so. The other rows are judged."""
+    x = Example("a", "What?", "4")
+    pairs = [(replace(x, id=str(i)), "It is 4." if i != 2 else "It is 4. " * 2000) for i in range(5)]
+    task = replace(CUSTOM_TASK, judge="llm")
+    local = judge_answers(LocalModel(*loaded), task, pairs, tmp_path / "local.judged.jsonl")
+    assert len(local) == 5 and local["2"] is None
+    assert "the model's context holds 2048: no verdict" in capsys.readouterr().err
+
+    chat = served.chat
+    served.answer = lambda user: "True"
+    served.chat = lambda body: TOO_LONG if len(str(body)) > 9000 else chat(body)
+    judge = ServedModel(served.url, "M")
+    assert judge_answers(judge, task, pairs, tmp_path / "served.judged.jsonl") == {
+        "0": True, "1": True, "2": None, "3": True, "4": True}
+    assert "maximum context length is 64 tokens" in capsys.readouterr().err
+
+
+def test_a_judge_that_fails_at_validation_costs_no_step(served, command, capsys):
+    """The steps before it are in a checkpoint, and the next run begins with the validation."""
+    argv, out = command
+    write_jsonl(out / "predictions.jsonl", [{"id": row["id"], "response": "It is 4."} for row in QUESTIONS])
+    served.answer = lambda user: "True"
+    argv = [*argv, "--method=ssr", "--judge=llm", f"--judge-model={served.url}", "--steps=4", "--eval-every=2"]
+    failing = True
+
+    def chat(body):
+        validates = len(read_jsonl(out / "ssr" / "log.jsonl")) >= 2 if (out / "ssr" / "log.jsonl").exists() else False
+        return (503, {}) if failing and validates else Server.chat(served, body)
+
+    served.chat = chat
+    assert "with 503" in refuse(s3ft.main, argv, capsys)
+    assert [row["step"] for row in read_jsonl(out / "ssr" / "log.jsonl")] == [1, 2]
+    failing = False
+    s3ft.main(argv)
+    rows = read_jsonl(out / "ssr" / "log.jsonl")
+    assert [(row["step"], "validation" in row) for row in rows] == [
+        (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
 
 
 def test_a_judge_that_cannot_be_asked_is_known_before_anything_is_made(served, command, capsys, tmp_path):

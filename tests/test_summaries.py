@@ -26,12 +26,15 @@ CASES = [  # response, gold, words in common in their order
     ("Кошка сидит на ковре", "кошка лежит на ковре", 3),
     ("Größe über Maß", "größe unter maß", 2),
     ("१८ सेब", "१८", 1),
+    ("நாய் வீட்டில் உள்ளது", "பூனை மரத்தில் இருந்தது", 0),  # a vowel sign belongs to its word
+    ("cafe\u0301 noir", "caf\u00e9 noir", 2),  # one character or two
 ]
+WORD = re.compile(r"(?:[^\W_]|[\u0300-\u036f\u0900-\u0903\u093a-\u094f\u0b82\u0bbe-\u0bcd])+")
 
 
 @pytest.mark.parametrize(("response", "gold", "common"), CASES)
 def test_rouge_l_by_hand(response, gold, common):
-    lengths = [len(re.findall(r"[^\W_]+", text)) for text in (response, gold)]
+    lengths = [len(WORD.findall(text)) for text in (response, gold)]
     expected = 2 * common / sum(lengths) if common else 0
     assert rouge_l(response, gold) == pytest.approx(expected)
     assert rouge_l(gold, response) == pytest.approx(expected)  # F1 does not know which text is the gold
