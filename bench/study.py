@@ -364,7 +364,10 @@ def parse() -> argparse.Namespace:
     add("--equal-steps", action="store_true", help="also SFT and S3FT after the last step, all seeds")
     add("--judges", action="store_true", help="also S3FT with other selecting judges, one seed")
     add("--choices", action="store_true", help="also S3FT with other settings, one seed")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not {"sft", "s3ft"} <= set(args.methods.split(",")):
+        parser.error("--methods: the report compares sft with s3ft, so both must be there")
+    return args
 
 
 def main() -> None:

@@ -80,6 +80,8 @@ def plain_name(model: str | None, known: str = "") -> str | None:
     """
     if model is None:
         return None
+    if not model.strip():
+        raise InputError("the name of a model is empty")
     if is_url(model):
         return with_name(model, known)
     return str(Path(model)) if Path(model).is_dir() else model

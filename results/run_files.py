@@ -227,9 +227,12 @@ def _training_costs(name: str, found: dict) -> list[dict]:
 def _cost_rows(run: Path) -> Iterator[tuple[str, dict]]:
     """(folder in the run, row) of every costs.jsonl. A row names its folder, or is of its file's.
 
+    What `--compare-judge` leaves in judges/ is no part of the run.
+
     A file that cannot be read is named and left out: what something cost is no reason to measure nothing.
     """
-    for path in sorted([run / "costs.jsonl", *run.glob("*/costs.jsonl"), *run.glob("*/*/costs.jsonl")]):
+    paths = {run / "costs.jsonl", *run.glob("*/costs.jsonl"), *run.glob("*/*/costs.jsonl")}
+    for path in sorted(paths - {run / "judges" / "costs.jsonl"}):
         try:
             rows = read_rows(path, {"stage": str}, may_lack=COST)
         except InputError as error:
