@@ -26,9 +26,9 @@ def refuse_other_questions(file: RowFile, digests: dict[str, str], parts: Sequen
 
     if changed:
         what, n = changed.most_common(1)[0]
-        raise InputError(f"{file.path}: {n} of its rows answer {what} than this run asks about: repeat the flags "
-                         "that made them (such as --engine), take another --out, or remove the file to make "
-                         "them anew")
+        raise InputError(f"{file.path}: {n} of its rows answer {what} than this run asks about: repeat the "
+                         "flags that made them (such as --engine), take another --out, or remove the file to "
+                         "make them anew")
     if made_elsewhere:
         note(f"{file.path}: {made_elsewhere} rows were made elsewhere (they carry no digest) and are taken "
              "as they are")
