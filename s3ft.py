@@ -157,7 +157,9 @@ def load(job: Job) -> tuple[Splits, BaseLM]:
 
     base = BaseLM(model, tokenizer, task, job.run, shared.keep_unfinished)
     base.ask_others(shared.engine, shared.judge_model, weights, settings)
-    config.keep_config(job, weights, made_by=selection_digest(base, METHODS[job.method]))
+    judge_weights = base.judge.identity() if shared.judge_model else None
+    config.refuse_another_judge(job, judge_weights)
+    config.keep_config(job, weights, judge_weights, made_by=selection_digest(base, METHODS[job.method]))
     return splits, base
 
 

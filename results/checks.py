@@ -51,6 +51,7 @@ CONFIG = {  # config.json of a run
     "weights": TEXT_OR_NONE,
     "engine": TEXT_OR_NONE,
     "judge_model": TEXT_OR_NONE,
+    "judge_weights": TEXT_OR_NONE,
 }
 TRAINING = {  # training.json of a method; an older one says less
     "method": str,

@@ -38,6 +38,7 @@ class Comparison:
     weights: str | None = None  # a digest of the model's
     engine: str | None = None  # URL#NAME of the served model that answers; None: this process does
     judge_model: str | None = None  # that the LLM judge asks; None: the base model
+    judge_weights: str | None = None  # a digest of its weights, or of a served one's name
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,14 @@ def continued(job: Job) -> Job:
     path = job.run / "config.json"
     if path.exists():
         before = read_settings(path, Comparison)
-        shared = replace(shared, date=before["date"], weights=before["weights"])
+        kept = {name: before[name] for name in ("date", "weights", "judge_weights")}
+        shared = replace(shared, **kept)
         may_move = ["files", "prompt_file"]
         if shared.weights:
             may_move.append("model")
+        judges = before["judge_model"], shared.judge_model
+        if shared.judge_weights and all(name and not is_url(name) for name in judges):
+            may_move.append("judge_model")
         for name in ("engine", "judge_model"):
             if before[name] and served_name(before[name]) == served_name(getattr(shared, name) or "") != "":
                 may_move.append(name)  # the same model on another machine
@@ -173,17 +178,26 @@ def refuse_other_weights(job: Job, weights: str) -> None:
                          "give that model again, or another --out")
 
 
-def keep_config(job: Job, weights: str, made_by: str) -> None:
+def refuse_another_judge(job: Job, weights: str | None) -> None:
+    """InputError: the judge of the run has other weights than those."""
+    if job.shared.judge_weights not in (None, weights):
+        raise InputError(f"{job.run} was begun with other weights than those of --judge-model "
+                         f"{job.shared.judge_model}: give that model again, or another --out")
+
+
+def keep_config(job: Job, weights: str, judge_weights: str | None, made_by: str) -> None:
     """Write both config.json. InputError: the method's D' is there, and was made by something else.
 
-    `weights` is a digest of the model's, `made_by` one of the method, the prompts and the judge.
+    `weights` is a digest of the model's, `judge_weights` of the judge's where it is another model, and
+    `made_by` one of the method, the prompts and the judge.
     """
     path = job.folder / "config.json"
     before = read_json(path).get("made_by") if path.exists() else None
     if before not in (None, made_by) and (job.folder / "train.jsonl").exists():
         raise InputError(f"{job.folder}: its train.jsonl was made by another method, prompt or judge than "
                          "now: take another --name, or remove that folder")
-    _write_if_other(job.run / "config.json", asdict(replace(job.shared, weights=weights)))
+    shared = replace(job.shared, weights=weights, judge_weights=judge_weights)
+    _write_if_other(job.run / "config.json", asdict(shared))
     _write_if_other(path, job.recorded() | {"made_by": made_by})
 
 

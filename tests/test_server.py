@@ -662,6 +662,19 @@ def test_another_local_judge_is_in_memory_only_while_it_is_asked(tiny, tmp_path,
     assert judge.identity() == loaded.identity() != own.identity()
 
 
+def test_a_local_judge_may_move_and_no_other_judge_may_take_its_place(tiny, command, tmp_path, capsys, monkeypatch):
+    argv, out = command
+    monkeypatch.setattr("judges.FIRST_REPLIES", 1000)  # a random model says neither True nor False
+    argv = [*argv, "--method=sft", "--judge=llm"]
+    first = changed_copy(tiny, tmp_path / "first")
+    s3ft.main([*argv, f"--judge-model={first}"])
+    moved = first.rename(tmp_path / "moved")
+    s3ft.main([*argv, f"--judge-model={moved}", "--name=second"])
+    assert read_json(out / "config.json")["judge_model"] == str(moved)
+    line = refuse(s3ft.main, [*argv, f"--judge-model={tiny}", "--name=third"], capsys)
+    assert f"was begun with other weights than those of --judge-model {tiny}" in line
+
+
 def test_two_judges_of_one_run_are_compared_with_each_other_and_with_people(served, command, capsys):
     argv, out = command
     # The run's judge (numeric) accepts rows 0 to 3. The other one accepts rows 2 to 6.
