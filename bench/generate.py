@@ -20,6 +20,7 @@ import argparse
 import functools
 import os
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,7 +222,7 @@ def distinct(prompts: list[list[int]]) -> int:
 
 def table(results: dict) -> str:
     lines = [f"{results['model']}, {results['machine']}, {results['clock']} seconds, "
-             f"medians of {results['rounds']}", "",
+             f"medians of {results['rounds']}, {results['date']}", "",
              "| workload | prompts, tokens in (distinct), out | side | seconds | tok/s | times as fast | "
              "% of limit | % of limit, shared once | answers that differ from ours |",
              "|---|---|---|---|---|---|---|---|---|"]
@@ -352,6 +353,7 @@ def compare(
         "model": model_name,
         "machine": f"{device_name(model.device)}, {dtype}, torch {torch.__version__}, "
                    f"transformers {transformers.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
         "rounds": rounds, "workloads": {}, "clock": "CPU" if counts_cpu_time() else "wall",
         "rates": measured_rates(model),
     }
@@ -365,7 +367,7 @@ def compare(
         config = model.config
         full = config.layer_types.count("full_attention")
         results["windowed"] = (f"random weights, {config.num_hidden_layers} layers, {full} of them full, the "
-                               f"others with a window of {config.sliding_window} tokens")
+                               f"others with a window of {config.sliding_window} tokens, {results['date']}")
         results["windowed rates"] = measured_rates(model)
         sides = {"ours": ours, PEER: peer}  # continuous batching, the slowest, has had its turn
         for workload in workloads:
