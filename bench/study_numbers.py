@@ -1,7 +1,7 @@
 """The study's numbers: rows of docs/study/results.json averaged over seeds, and paired differences."""
 
 import math
-from statistics import mean
+from statistics import mean, stdev
 
 from tasks.benchmarks import BENCHMARKS, paired_interval
 
@@ -11,7 +11,7 @@ METHODS = ["sft", "s3ft", "sdft", "ssr", "rft", "tries"]
 def seeds_of(models: dict[str, dict]) -> dict[str, list[dict]]:
     """method -> its models, one a seed. `models` has them by name: base, sft-0, sft-1, ..."""
     found = {name: [] for name in ("base", *METHODS)}
-    for name, model in models.items():
+    for name, model in sorted(models.items()):
         method = name.rpartition("-")[0] or name
         found[method].append(model)
     return {name: models for name, models in found.items() if models}
@@ -56,6 +56,20 @@ def human_text_of(models: list[dict], task: str) -> list[float]:
 def lost_on_human_text(models: list[dict], base: list[dict]) -> tuple[float, float]:
     """The primary measure: by how many nats a token GSM8K's golds became less likely."""
     return paired_difference(human_text_of(models, "gsm8k"), human_text_of(base, "gsm8k"))
+
+
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's quantile by the number of seeds
+
+
+def gain_over_seeds(sft: list[dict], s3ft: list[dict]) -> tuple[list[float], float]:
+    """(how many nats a token less S3FT lost than SFT with each seed, half the 95 % interval of their mean).
+
+    The interval is Student's. It speaks for other seeds too, as that over texts does not.
+    """
+    each = []
+    for one, other in zip(sft, s3ft, strict=True):
+        each.append(paired_difference(human_text_of([one], "gsm8k"), human_text_of([other], "gsm8k"))[0])
+    return each, T_975[len(each)] * stdev(each) / math.sqrt(len(each))
 
 
 def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from bench.study_numbers import (
     average_paired_difference,
     difference,
     documents,
+    gain_over_seeds,
     human_text_of,
     ifeval_of,
     log_p_of,
@@ -142,6 +143,11 @@ def first_page(methods: dict, last_step: dict) -> list[str]:
         f"{nats_with_interval(*lost)} nats a token and S3FT {nats_with_interval(*kept)}: S3FT loses "
         f"{nats_with_interval(*gain)} nats less, and the claim that it forgets less "
         f"{answer_of(gain, lost[0])}.")
+    if len(sft) > 1:
+        each, half = gain_over_seeds(sft, s3ft)
+        by_seed = ", ".join(f"{value:+.3f}" for value in each)
+        over_seeds = nats_with_interval(mean(each), half)
+        found += f" By seed it loses {by_seed} less, and an interval over the seeds is {over_seeds}."
     if last_step:
         equal = lost_on_human_text(last_step["sft"], last_step["s3ft"])
         found += f" After equally many steps it loses {nats_with_interval(*equal)} less."

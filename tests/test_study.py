@@ -89,6 +89,14 @@ def test_the_primary_measure_is_paired_by_text():
     assert "| sft | +0.200 (+0.004 to +0.396) * | +0.200 |  | +0.000 (+0.000 to +0.000) |" in table
 
 
+def test_an_interval_over_seeds_is_students():
+    """Gains of 0.1, 0.2 and 0.3 nats: standard deviation 0.1, so 4.303 * 0.1 / sqrt 3 = 0.2484."""
+    sft = [{"human_text": {"gsm8k": [1.0 + gain, 2.0 + gain]}} for gain in (0.1, 0.2, 0.3)]
+    s3ft = [{"human_text": {"gsm8k": [1.0, 2.0]}}] * 3
+    each, half = study_numbers.gain_over_seeds(sft, s3ft)
+    assert each == pytest.approx([0.1, 0.2, 0.3]) and half == pytest.approx(0.2484, abs=1e-4)
+
+
 def test_equal_steps_are_compared_with_each_other():
     """After the last step SFT has lost 0.1 and 0.3 nats on two golds, S3FT 0.1 on both."""
     models = {"base": {"human_text": {"gsm8k": [1.0, 1.0]}},
