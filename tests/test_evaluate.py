@@ -150,7 +150,7 @@ def test_a_report_holds_every_table(run, capsys):
     assert results["selection"]["predictions"] == {"n": 8, "length_limit_hit": 0, "unreadable_verdicts": 0}
     assert [len(results["log_probabilities"][kind]) for kind in ("predictions", "paraphrases", "golds")] == [4, 4, 4]
     report = (run / "report.md").read_text()
-    assert results["machine"]["dtype"] == "float32" and " threads, float32, torch " in report
+    assert results["machine"]["dtype"] == "float32" and ", cpu, 1 thread, float32, torch " in report
     assert "| sft | 100.0 | 67.6 to 100.0 |" in report and "| s3ft | 8 | 75.0 | 0.0 | 25.0 |" in report
     assert report == capsys.readouterr().out.rstrip("\n") + "\n"
 
