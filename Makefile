@@ -22,7 +22,7 @@ PIP   := -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make demo    S3FT and SFT on a small real model and 60 own-written passages: about 8 minutes on 2 CPU cores"
 	@echo "make lesson  examples/s3ft_in_an_hour.ipynb, executed into runs/lesson: under 10 minutes on 2 CPU cores"
-	@echo "make test    set up and run the tests: under 10 minutes on 2 CPU cores"
+	@echo "make test    set up and run the tests: some 10 minutes on 2 CPU cores"
 	@echo "make gsm8k   the paper's run: D', training, evaluation, Table 4 (also: make mbpp, make nq)"
 	@echo "make tables  the runs of gsm8k, mbpp and nq in one page: Tables 2 to 4"
 	@echo "make gpu-smoke   before make gsm8k: every stage and method with a small model, 5 minutes"
