@@ -23,6 +23,7 @@ import re
 
 from engine.turn_format import (
     ANSWER,
+    CLOSING_TAG,
     OPEN_TAG,
     QUESTION,
     THINKING,
@@ -39,11 +40,6 @@ from support.cli import InputError
 MARK_START = "\U000f0000"
 MARK_END = "\U000f0001"
 
-# </think>, [/THINK], ◁/think▷, <|/think|>, </|think|> and <|end_of_thought|>.
-CLOSING_TAG = re.compile(
-    r"</[\w:.-]{2,}>|\[/\w+\]|◁/\w+▷|<[|｜]/[\w:.-]+[|｜]>|</[|｜][\w:.-]+[|｜]>|<[|｜]end[\w:.-]+[|｜]>"
-)
-
 
 # --- Token ids ----------------------------------------------------------------------------------------------
 
@@ -58,7 +54,7 @@ def plain_ids(tokenizer, text: str) -> list[int]:
 
     BOS comes where the tokenizer itself puts it before a text.
     """
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(whole_characters(text))
     if ids[-1:] == [tokenizer.eos_token_id]:
         ids.pop()  # some tokenizers close every text
     return ids

@@ -5,8 +5,8 @@ URL alone will do where the server lists one model only.
 
 The key is what the environment variable OPENAI_API_KEY holds. It is sent to the server and written nowhere.
 A request that fails is sent again, twice, after a pause that grows. A server that limits the rate is asked
-for ten minutes. The server puts the user turn
-into the chat template and decodes. Two things it does differently are set right here:
+for ten minutes. The server puts the user turn into the chat template and decodes. Two things it does
+differently are set right here:
 
 1. Servers cut off the stop string, and do not say whether the response had it. So it is not sent: the
    response is cut here, behind the string, as generate.py does it.

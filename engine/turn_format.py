@@ -24,6 +24,10 @@ NEXT_QUESTION = "1414213562"
 # <think>, <seed:think>, [THINK], ◁think▷ and <|think|>. Two letters at least: <s> and </s> are no block.
 OPEN_TAG = re.compile(r"<[\w:.-]{2,}>|\[\w\w+\]|◁\w\w+▷|<[|｜][\w:.-]+[|｜]>")
 BARS = ("<|", "<｜")  # such a tag names many things, so that its closing must be known, not guessed
+# </think>, [/THINK], ◁/think▷, <|/think|>, </|think|> and <|end_of_thought|>.
+CLOSING_TAG = re.compile(
+    r"</[\w:.-]{2,}>|\[/\w+\]|◁/\w+▷|<[|｜]/[\w:.-]+[|｜]>|</[|｜][\w:.-]+[|｜]>|<[|｜]end[\w:.-]+[|｜]>"
+)
 
 # How the name of a tag changes from its beginning to its end: <|begin_of_thought|>, <|end_of_thought|>.
 BEGIN_AND_END = (("begin", "end"), ("start", "end"), ("open", "close"), ("prefix", "suffix"))

@@ -268,7 +268,7 @@ def test_a_limited_rate_is_waited_for(served, monkeypatch):
 
 
 def test_what_was_answered_before_an_error_is_given_first(served):
-    """Both requests are under way when the second fails. The first row's answer lies ready by then."""
+    """What lies ready beside the error is no longer asked for."""
     model = ServedModel(served.url, "M")
     made = server.SimpleQueue()
     for row in [("a", Response("1", None, True)), ("b", InputError("no")), ("c", Response("2", None, True))]:
@@ -289,10 +289,9 @@ def test_what_was_answered_before_an_error_is_given_first(served):
 def test_a_proxy_or_certificate_that_is_none_is_one_line(served, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     for call in (ask, with_name):
-        with contextlib.suppress(ImportError):  # the package for such proxies may be there
-            with pytest.raises(InputError, match="no connection can be prepared|cannot be reached") as error:
-                call(served.url)
-            assert "\n" not in str(error.value)
+        with pytest.raises(InputError, match="no connection can be prepared|cannot be reached") as error:
+            call(served.url)
+        assert "\n" not in str(error.value)
 
 
 def test_half_a_character_is_sent_and_taken(served, loaded):
@@ -307,7 +306,7 @@ def test_half_a_character_is_sent_and_taken(served, loaded):
 def test_a_count_of_tokens_that_is_none_counts_as_unknown(served, monkeypatch):
     chat = served.chat
     monkeypatch.setattr(served, "chat", lambda body: (200, chat(body)[1] | {"usage": {"completion_tokens": "7"}}))
-    assert ask(served.url, prompts={"q0": "x"})["q0"].length in (0, 7)
+    assert ask(served.url, prompts={"q0": "x"})["q0"].length == 0
 
 
 def test_a_model_that_the_server_does_not_have_is_named_with_those_that_it_has(served):
